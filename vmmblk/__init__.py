@@ -1,0 +1,1 @@
+"""vmmblk: a virtio-blk disk for userspace VMMs, in Python."""

@@ -1,0 +1,210 @@
+"""The block contract: what a disk is to vmmblk.
+
+This is MirageOS V1 ``BLOCK`` told in Python.  A disk is any object that satisfies :class:`Block`; twenty lines are
+enough (see the README).  Everything vmmblk does above a disk - virtqueues, requests, durability, reset - relies on
+these sentences and on nothing else:
+
+* ``info`` tells ``read_write``, ``sector_size`` (bytes) and ``size_sectors``.  A device may make itself bigger over
+  time; one that does implements :class:`SupportsResize`, and the guest sees the new size.
+* ``read(sector_start, buffers)`` fills the buffers with data starting at ``sector_start``.
+  ``write(sector_start, buffers)`` writes the data in the buffers, starting at ``sector_start``.  Sectors are the
+  device's own, ``sector_size`` bytes each.
+* ``buffers`` is a list, of any length, of memoryviews (format ``B``, one dimension).  Each is a whole number of
+  sectors long.  They are the guest's own pages: the data is not copied, and a disk must not touch a buffer after the
+  call has ended.  One that keeps a view all the same harms nobody: it sees memory that is no longer the guest's.
+* When ``write`` completes, everything it wrote is persisted.
+* Once submitted a request cannot be cancelled and there is no timeout.  vmmblk never cancels a call; it waits.
+* Failures are the four exceptions of :mod:`vmmblk.errors`, and what each promises about written data is told there.
+  ``OSError`` is understood as ``Unknown``.  Any other exception is a bug in the disk: it is logged with its
+  traceback, and the guest gets an I/O error.
+* ``disconnect()`` ends it: from then on every call fails with ``Disconnected``.
+
+Range, whole sectors, read-only and disconnected are checked before a disk is called (``filters/checked.py``), so a
+disk re-checks nothing.
+
+Methods may be ``async def`` or plain ``def``: plain ones run in a thread pool, several at once, so a plain disk that
+shares state between calls needs a lock.
+
+What a disk can do beyond that are the ``Supports...`` protocols below, each optional, found by the presence of their
+methods.  What a disk lacks, the device does not offer to the guest.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+__all__ = [
+    "Block",
+    "BlockInfo",
+    "Buffers",
+    "Operation",
+    "SupportsDiscard",
+    "SupportsFlush",
+    "SupportsIdentify",
+    "SupportsResize",
+    "SupportsWriteZeroes",
+    "Topology",
+    "operations",
+    "total_bytes",
+]
+
+Buffers = Sequence[memoryview]
+"""A list, of any length, of byte memoryviews, each a whole number of sectors long; owned by the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """Characteristics of a block device.
+
+    ``read_write`` is true if we can write, false if read-only; ``sector_size`` is octets per sector, a power of two
+    from 512 up; ``size_sectors`` is the total of sectors of that size.
+    """
+
+    read_write: bool
+    sector_size: int
+    size_sectors: int
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the device in bytes."""
+        return self.sector_size * self.size_sectors
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Advice about performance that the guest is told (virtio TOPOLOGY, DISCARD); all in bytes, 0 is "no opinion"."""
+
+    physical_block_size: int = 0
+    minimum_io_size: int = 0
+    optimal_io_size: int = 0
+    discard_granularity: int = 0
+
+
+class Block(ABC):
+    """A disk.  Subclass it, set ``info``, write ``read`` and, unless it is read-only, ``write``."""
+
+    info: BlockInfo
+    """Characteristics of the device; set before the constructor returns."""
+
+    topology: Topology = Topology()
+    """Advice for the guest about sizes that perform well."""
+
+    buffer_alignment: int = 1
+    """Bytes to which every buffer must be aligned in address and length; vmmblk copies what is not."""
+
+    pins_memory: bool = False
+    """True if the kernel holds on to buffer pages during a call (O_DIRECT), so that they cannot be taken back."""
+
+    bounce: bool = False
+    """True to be given private copies instead of guest pages (``bounce=on``)."""
+
+    @abstractmethod
+    def read(self, sector_start: int, buffers: Buffers) -> Awaitable[None] | None:
+        """Fill ``buffers`` with data starting at ``sector_start``.
+
+        On failure some buffers may be filled and others not.  Raises: BlockError, OSError.
+        """
+
+    def write(self, sector_start: int, buffers: Buffers) -> Awaitable[None] | None:
+        """Write the data in ``buffers`` from ``sector_start`` on; on return it is persisted.
+
+        Raises: Unimplemented, IsReadOnly (no data has been written), Disconnected, Unknown, OSError (an unknown
+        amount has been written).
+        """
+        from vmmblk.errors import Unimplemented
+
+        raise Unimplemented("this disk has no write()")
+
+    def disconnect(self) -> Awaitable[None] | None:
+        """Release what the disk holds.  Called once, when no other call is under way."""
+        return None
+
+
+@runtime_checkable
+class SupportsFlush(Protocol):
+    """Write-back: an optional pair, used only while the guest has the write cache on."""
+
+    def write_cached(self, sector_start: int, buffers: Buffers) -> Awaitable[None] | None:
+        """As ``write``, but the data need not be persisted before the next ``flush`` has completed."""
+
+    def flush(self) -> Awaitable[None] | None:
+        """When it completes, every ``write_cached`` that completed before the call is persisted."""
+
+
+@runtime_checkable
+class SupportsDiscard(Protocol):
+    """Deallocation of sectors whose contents no longer matter."""
+
+    def discard(self, sector_start: int, sectors: int) -> Awaitable[None] | None:
+        """Forget ``sectors`` sectors from ``sector_start``; later reads of them may return anything."""
+
+
+@runtime_checkable
+class SupportsWriteZeroes(Protocol):
+    """Zeroing without carrying the zeroes."""
+
+    def write_zeroes(self, sector_start: int, sectors: int, unmap: bool) -> Awaitable[None] | None:
+        """Make ``sectors`` sectors from ``sector_start`` read as zeroes; on return that is persisted.
+
+        ``unmap`` allows the disk to deallocate them; reads give zeroes all the same.
+        """
+
+
+@runtime_checkable
+class SupportsIdentify(Protocol):
+    """A serial number of its own."""
+
+    def identify(self) -> str:
+        """The disk's serial: ASCII, at most 20 characters."""
+
+
+@runtime_checkable
+class SupportsResize(Protocol):
+    """A device that makes itself bigger over time."""
+
+    def on_resize(self, changed: Callable[[], None]) -> None:
+        """Keep ``changed`` and call it, from any thread, each time ``info`` has grown."""
+
+
+class Operation(enum.Flag):
+    """Which optional protocols a block has."""
+
+    FLUSH = enum.auto()
+    DISCARD = enum.auto()
+    WRITE_ZEROES = enum.auto()
+    IDENTIFY = enum.auto()
+    RESIZE = enum.auto()
+
+
+_PROTOCOLS = {
+    Operation.FLUSH: SupportsFlush,
+    Operation.DISCARD: SupportsDiscard,
+    Operation.WRITE_ZEROES: SupportsWriteZeroes,
+    Operation.IDENTIFY: SupportsIdentify,
+    Operation.RESIZE: SupportsResize,
+}
+
+
+def operations(block: Block) -> Operation:
+    """The optional operations that ``block`` really has.
+
+    A wrapper has every method because it must forward them; it tells what the block below it can do in an attribute
+    ``operations``.
+    """
+    declared = getattr(block, "operations", None)
+    if isinstance(declared, Operation):
+        return declared
+    found = Operation(0)
+    for operation, protocol in _PROTOCOLS.items():
+        if isinstance(block, protocol):
+            found |= operation
+    return found
+
+
+def total_bytes(buffers: Buffers) -> int:
+    """The length of a list of buffers, bytes."""
+    return sum(map(len, buffers))
