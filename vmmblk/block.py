@@ -37,6 +37,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from vmmblk.errors import Unimplemented
+
 __all__ = [
     "Block",
     "BlockInfo",
@@ -115,8 +117,6 @@ class Block(ABC):
         Raises: Unimplemented, IsReadOnly (no data has been written), Disconnected, Unknown, OSError (an unknown
         amount has been written).
         """
-        from vmmblk.errors import Unimplemented
-
         raise Unimplemented("this disk has no write()")
 
     def disconnect(self) -> Awaitable[None] | None:
