@@ -1,0 +1,141 @@
+"""Builds vmmblk._core and vmmblk._vfu: the hatchling build hook, and a command (``python cffi_build.py``).
+
+libvfio-user is looked for in this order: ``LIBVFIO_USER`` (an install prefix or a built source tree), the system, the
+cache that ``qemu-scripts/get-libvfio-user`` fills.  It is linked statically where a static library exists, so that an
+installed wheel runs without it.  ``VMMBLK_WERROR=1`` turns compiler warnings into errors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cffi import FFI
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "vmmblk" / "csrc"
+CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+
+CORE_SOURCES = ["memory.c", "queue.c", "device.c", "driver.c"]
+CORE_HEADERS = ["core.h", "driver.h"]
+CORE_DECLARATIONS = ["core.cdef", "driver.cdef"]
+VFU_SOURCES = ["vfu.c"]
+VFU_HEADERS = ["vfu.h"]
+VFU_DECLARATIONS = ["vfu.cdef"]
+
+
+class MissingLibrary(Exception):
+    """libvfio-user was not found; the message says what to run."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """Where libvfio-user is: its header's folder and what the linker is given."""
+
+    include: Path
+    link: list[str]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vmmblk" / "libvfio-user"
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((p for p in sorted(folder.rglob(name)) if p.is_file()), None) if folder.is_dir() else None
+
+
+def _json_c(near: Path) -> str:
+    """libvfio-user needs json-c; a static one beside it wins, then the system's static one, then its shared one."""
+    static = _find(near, "libjson-c.a") or next(iter(sorted(Path("/usr/lib").glob("*/libjson-c.a"))), None)
+    return str(static) if static else "-ljson-c"
+
+
+def _library_in(place: Path) -> Library | None:
+    """libvfio-user in an install prefix or in a built source tree."""
+    header = next((p for p in (place / "include/vfio-user", place / "include") if (p / "libvfio-user.h").is_file()), None)
+    if header is None:
+        return None
+    places = [place / "lib", place / "lib64", *sorted(place.glob("lib/*-linux-*")), *sorted(place.glob("build*"))]
+    for folder in places:
+        if static := _find(folder, "libvfio-user.a"):
+            return Library(header, [str(static), _json_c(static.parent)])
+    for folder in places:
+        if shared := _find(folder, "libvfio-user.so"):
+            return Library(header, [str(shared), f"-Wl,-rpath,{shared.parent}"])
+    return None
+
+
+def find_libvfio_user() -> Library:
+    """Find libvfio-user.  Raises: MissingLibrary."""
+    if chosen := os.environ.get("LIBVFIO_USER"):
+        if found := _library_in(Path(chosen).expanduser().resolve()):
+            return found
+        raise MissingLibrary(
+            f"LIBVFIO_USER={chosen} holds no built libvfio-user (include/ and a library): run qemu-scripts/get-libvfio-user"
+        )
+    for place in (Path("/usr/local"), Path("/usr"), _cache()):
+        if found := _library_in(place):
+            return found
+    raise MissingLibrary("libvfio-user was not found: run qemu-scripts/get-libvfio-user, or set LIBVFIO_USER to its prefix")
+
+
+def _compile(name: str, declarations: list[str], headers: list[str], sources: list[str], **options: Any) -> Path:
+    ffi = FFI()
+    for file in declarations:
+        ffi.cdef((CSRC / file).read_text())
+    flags = [*CFLAGS, *(["-Werror"] if os.environ.get("VMMBLK_WERROR") == "1" else [])]
+    ffi.set_source(
+        f"vmmblk.{name}",
+        "".join(f'#include "{header}"\n' for header in headers),
+        sources=[str(CSRC / source) for source in sources],
+        include_dirs=[str(CSRC), *options.pop("include_dirs", [])],
+        extra_compile_args=flags,
+        depends=[str(p) for p in sorted(CSRC.iterdir())],
+        **options,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(ffi.compile(tmpdir=scratch))
+        target = ROOT / "vmmblk" / built.name
+        shutil.copyfile(built, target.with_suffix(".new"))
+        target.with_suffix(".new").replace(target)  # a running process keeps the old one
+    return target
+
+
+def build() -> list[Path]:
+    """Compile both extensions into the package; returns their files.  Raises: MissingLibrary."""
+    library = find_libvfio_user()
+    core = _compile("_core", CORE_DECLARATIONS, CORE_HEADERS, CORE_SOURCES)
+    vfu = _compile(
+        "_vfu", VFU_DECLARATIONS, VFU_HEADERS, VFU_SOURCES, include_dirs=[str(library.include)], extra_link_args=library.link
+    )
+    return [core, vfu]
+
+
+class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """What hatchling calls for a wheel, editable or not."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
+        """Compile the extensions and add them to the wheel."""
+        if self.target_name != "wheel":
+            return
+        try:
+            files = build()
+        except MissingLibrary as error:
+            sys.exit(f"vmmblk: {error}")
+        build_data["pure_python"] = False
+        build_data["infer_tag"] = True
+        build_data["artifacts"].extend(str(file.relative_to(ROOT)) for file in files)
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except MissingLibrary as error:
+        sys.exit(f"vmmblk: {error}")

@@ -1,0 +1,200 @@
+"""A virtqueue: the typed face of csrc/queue.c.
+
+The life of a queue, told by the loop that serves one::
+
+    queue.clear_kick()                      # the doorbell was heard
+    while True:
+        chains = queue.pop()                # at most BATCH; doorbells are armed again when the ring ran dry
+        for chain in chains:
+            ...                             # use chain.readable_views(), chain.writable_views()
+            done.append((chain.token, status, written))
+        queue.complete(done)                # status bytes, used ring, one interrupt if the driver wants one
+        if len(chains) < queue.BATCH:
+            break                           # a doorbell will come
+
+Each chain is completed exactly once.  One thread pops; any thread may complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vmmblk._core import ffi, lib
+from vmmblk.memory import Core
+
+__all__ = ["Chain", "CorruptRing", "Queue", "UnreachableRing"]
+
+_FLAG_NO_STATUS: int = lib.VMM_CHAIN_NO_STATUS
+_FLAG_UNREACHABLE: int = lib.VMM_CHAIN_UNREACHABLE
+_FLAG_NO_FD: int = lib.VMM_CHAIN_NO_FD
+
+
+class CorruptRing(Exception):
+    """The driver's ring breaks a rule; only a reset repairs that."""
+
+
+class UnreachableRing(Exception):
+    """The ring lies in guest memory that came without a file descriptor, so it cannot be reached."""
+
+
+@dataclass(slots=True)
+class Chain:
+    """A request as it came off the ring.
+
+    ``header`` is up to 16 bytes, copied.  ``readable`` and ``writable`` are the bytes of device-readable data after
+    the header and of device-writable data before the status byte.  ``views_in`` and ``views_out`` are those data: the
+    guest's own pages, to be let go when the chain has been completed.
+    """
+
+    token: int
+    flags: int
+    header: bytes
+    readable: int
+    writable: int
+    views_in: list[memoryview]
+    views_out: list[memoryview]
+    addresses: int
+    """All the views' host addresses or-ed together: its low bits tell how well they are aligned."""
+
+    @property
+    def answerable(self) -> bool:
+        """False without a byte for the status: the chain goes back with a used length of 0."""
+        return not self.flags & _FLAG_NO_STATUS
+
+    @property
+    def reachable(self) -> bool:
+        """False if part of the data lies outside the guest memory that can be reached."""
+        return not self.flags & _FLAG_UNREACHABLE
+
+    @property
+    def without_fd(self) -> bool:
+        """True if that is because the memory came without a file descriptor."""
+        return bool(self.flags & _FLAG_NO_FD)
+
+
+class Queue:
+    """One virtqueue of a device.  ``kick_fd`` is the eventfd that its doorbell writes."""
+
+    BATCH = 64
+
+    def __init__(self, core: Core, index: int) -> None:
+        self.index = index
+        self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._core = core
+        self._handle = core.queue_handle(index, self.kick_fd)
+        self._chains = ffi.new("struct vmm_chain[]", self.BATCH)
+        self._done = ffi.new("struct vmm_completion[]", self.BATCH)
+
+    def close(self) -> None:
+        """Close the doorbell.  The queue must be stopped and its thread gone."""
+        os.close(self.kick_fd)
+
+    def start(
+        self, *, size: int, desc: int, driver: int, device: int, vector: int, event_idx: bool, indirect: bool
+    ) -> None:
+        """Start from position 0; ``desc``, ``driver``, ``device`` are the areas' IOVAs ("Virtqueue Configuration").
+
+        Raises: OSError - EINVAL (size, or started already), EPROTO (misaligned), ENOENT (outside guest memory),
+        EFAULT (in memory that came without a file descriptor), ENOMEM.
+        """
+        config = ffi.new(
+            "struct vmm_queue_config *", (size, vector, desc, driver, device, event_idx, indirect)
+        )
+        error = lib.vmm_queue_start(self._handle, config)
+        if error:
+            raise OSError(-error, f"queue {self.index}: {os.strerror(-error)}")
+
+    def stop(self) -> None:
+        """Touch the ring no more.  What was in flight must have been drained or orphaned."""
+        lib.vmm_queue_stop(self._handle)
+
+    def pause(self, reason: int) -> int:
+        """Stop popping for a reason (:class:`~vmmblk.memory.Pause`); returns how many requests are in flight."""
+        busy: int = lib.vmm_queue_pause(self._handle, reason)
+        return busy
+
+    def resume(self, reason: int) -> None:
+        """Take a reason back; the queue is kicked if it may pop again."""
+        lib.vmm_queue_resume(self._handle, reason)
+
+    @property
+    def busy(self) -> int:
+        """Requests in flight that are no orphans."""
+        busy: int = lib.vmm_queue_busy(self._handle)
+        return busy
+
+    def set_vector(self, vector: int) -> None:
+        """queue_msix_vector."""
+        lib.vmm_queue_set_vector(self._handle, vector)
+
+    def kick(self) -> None:
+        """Ring the doorbell."""
+        os.eventfd_write(self.kick_fd, 1)
+
+    def clear_kick(self) -> None:
+        """The doorbell was heard."""
+        try:
+            os.eventfd_read(self.kick_fd)
+        except BlockingIOError:
+            pass
+
+    @property
+    def looks_unshared(self) -> bool:
+        """A doorbell came, but the ring reads as if it had never been touched: the guest does not share its memory."""
+        unshared: bool = lib.vmm_queue_looks_unshared(self._handle)
+        return unshared
+
+    def pop(self) -> list[Chain]:
+        """Take up to BATCH chains; with fewer, a doorbell will announce the next.
+
+        Raises: CorruptRing, UnreachableRing; both stay until the queue is stopped.
+        """
+        self._core.forget_retired()
+        n = lib.vmm_queue_pop(self._handle, self._chains, self.BATCH)
+        if n == -errno.EFAULT:
+            raise UnreachableRing(f"queue {self.index}")
+        if n < 0:
+            raise CorruptRing(f"queue {self.index}")
+        return [self._chain(self._chains[i]) for i in range(n)]
+
+    def _chain(self, c: ffi.CData) -> Chain:
+        views_in: list[memoryview] = []
+        views_out: list[memoryview] = []
+        addresses = 0
+        if not c.flags & _FLAG_UNREACHABLE:
+            segs, split = c.segs, c.readable_segs
+            for i in range(split + c.writable_segs):
+                seg = segs[i]
+                alias = self._core.view(seg.alias)
+                start, end = seg.offset, seg.offset + seg.len
+                addresses |= alias.address + start
+                if i < split:
+                    views_in.append(alias.readable[start:end])
+                elif alias.writable is not None:
+                    views_out.append(alias.writable[start:end])
+        return Chain(
+            c.token,
+            c.flags,
+            bytes(ffi.buffer(c.header, c.header_len)),
+            c.readable,
+            c.writable,
+            views_in,
+            views_out,
+            addresses,
+        )
+
+    def complete(self, done: Iterable[tuple[int, int, int]]) -> None:
+        """Complete chains: (token, status, bytes of writable data written without a gap) each."""
+        n = 0
+        for token, status, written in done:
+            entry = self._done[n]
+            entry.token, entry.status, entry.written = token, status, written
+            n += 1
+            if n == self.BATCH:
+                lib.vmm_queue_complete(self._handle, self._done, n)
+                n = 0
+        if n:
+            lib.vmm_queue_complete(self._handle, self._done, n)
