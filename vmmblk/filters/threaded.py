@@ -1,0 +1,147 @@
+"""Makes a plain block asynchronous: its plain methods run in threads, its ``async`` ones are called directly.
+
+The threads are daemons of our own, not ``concurrent.futures``: that library joins its threads when the interpreter
+exits, so a disk that hangs would keep the process from ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+from vmmblk.filters.base import OFFSET_METHODS, Filter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vmmblk.block import Block, Buffers
+
+    Job = tuple[asyncio.AbstractEventLoop, asyncio.Future[Any], Callable[..., Any], tuple[object, ...]]
+
+__all__ = ["Threaded", "asynchronous"]
+
+WORKERS = 16
+"""Calls of a plain disk that run at the same time."""
+
+_AWAITED = (*OFFSET_METHODS, "flush", "disconnect")
+
+
+def asynchronous(block: Block) -> Block:
+    """``block`` itself if awaiting its methods works, else the block wrapped in :class:`Threaded`."""
+    if isinstance(block, Filter) or not _plain_methods(block):
+        return block
+    return Threaded(block)
+
+
+def _plain_methods(block: Block) -> list[str]:
+    present = [name for name in _AWAITED if hasattr(block, name)]
+    return [name for name in present if not inspect.iscoroutinefunction(getattr(block, name))]
+
+
+class Threaded(Filter):
+    """Runs the plain methods of ``block`` in a pool of threads, several at once.
+
+    A call that was submitted runs to its end even if the task that awaits it is cancelled.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block)
+        self._pool = _Pool(WORKERS)
+        plain = _plain_methods(block)
+        for name in _AWAITED:
+            if name not in plain and hasattr(block, name):
+                setattr(self, name, getattr(block, name))
+
+    async def read(self, sector_start: int, buffers: Buffers) -> None:
+        """``read`` in a thread."""
+        await self._run("read", sector_start, buffers)
+
+    async def write(self, sector_start: int, buffers: Buffers) -> None:
+        """``write`` in a thread."""
+        await self._run("write", sector_start, buffers)
+
+    async def write_cached(self, sector_start: int, buffers: Buffers) -> None:
+        """``write_cached`` in a thread."""
+        await self._run("write_cached", sector_start, buffers)
+
+    async def flush(self) -> None:
+        """``flush`` in a thread."""
+        await self._run("flush")
+
+    async def discard(self, sector_start: int, sectors: int) -> None:
+        """``discard`` in a thread."""
+        await self._run("discard", sector_start, sectors)
+
+    async def write_zeroes(self, sector_start: int, sectors: int, unmap: bool) -> None:
+        """``write_zeroes`` in a thread."""
+        await self._run("write_zeroes", sector_start, sectors, unmap)
+
+    async def disconnect(self) -> None:
+        """``disconnect`` in a thread; then the threads end."""
+        try:
+            await self._run("disconnect")
+        finally:
+            self._pool.stop()
+
+    async def _run(self, name: str, *arguments: object) -> None:
+        pending = await self._pool.submit(self._method(name), arguments)
+        if inspect.isawaitable(pending):  # a plain method that handed back a coroutine
+            await pending
+
+
+class _Pool:
+    """Daemon threads that take calls from one queue and settle futures of the event loop that submitted them."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._started = False
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+
+    def submit(self, call: Callable[..., Any], arguments: tuple[object, ...]) -> asyncio.Future[Any]:
+        """Have a thread run ``call(*arguments)``; called in an event loop, whose future is returned."""
+        if not self._started:
+            self._started = True
+            for number in range(self._workers):
+                threading.Thread(target=self._work, name=f"disk-{number}", daemon=True).start()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._jobs.put((loop, future, call, arguments))
+        return future
+
+    def stop(self) -> None:
+        """End each thread when it has finished what it does."""
+        if self._started:
+            for _ in range(self._workers):
+                self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            loop, future, call, arguments = job
+            result, error = None, None
+            try:
+                result = call(*arguments)
+            except Exception as exc:  # noqa: BLE001 - whatever a disk raises belongs to its caller
+                error = exc
+            except BaseException as exc:  # noqa: BLE001 - SystemExit would end the event loop of the caller
+                error = RuntimeError(f"the disk raised {type(exc).__name__}")
+                error.__cause__ = exc
+            try:
+                loop.call_soon_threadsafe(_settle, future, result, error)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits any more
+            del job, future, call, arguments, result, error  # keep no guest memory while waiting
+
+
+def _settle(future: asyncio.Future[Any], result: object, error: Exception | None) -> None:
+    if future.done():
+        return  # the task that waited was cancelled; the call ran to its end all the same
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, StopIteration):  # a future refuses it
+        future.set_exception(RuntimeError("the disk raised StopIteration"))
+    else:
+        future.set_exception(error)
