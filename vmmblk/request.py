@@ -120,7 +120,7 @@ class Range:
 
     sector: int
     sectors: int
-    unmap: bool
+    unmap: bool = False
 
 
 # Plain integers: looking a member up in an enum would cost more than the rest of parse().
