@@ -1,0 +1,237 @@
+"""Starts QEMU with the test guest, and reads what its command printed and how it ended.
+
+The scripts in this folder and the tests share it. It needs Python's standard library only: the scripts run before
+there is a virtual environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmmblk"
+KERNEL_ARGUMENTS = "console=ttyS0 loglevel=5 panic=-1"
+
+TIMED_OUT = 124
+NO_STATUS = 125
+
+_ENDED = re.compile(rb"\n@@ command ended: (\d+) @@\n")
+
+
+def qemu() -> Path:
+    """The QEMU to run, fetched first if need be."""
+    return Path(_last_line(SCRIPTS / "get-qemu"))
+
+
+def guest_folder() -> Path:
+    """The folder of the guest's kernel and initramfs, fetched first if need be."""
+    return Path(_last_line(SCRIPTS / "get-guest"))
+
+
+def _last_line(script: Path) -> str:
+    # Its standard error is the user's: progress is shown there.
+    result = subprocess.run([script], stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(result.returncode)
+    return result.stdout.splitlines()[-1]
+
+
+def kvm_works() -> bool:
+    """Whether guests can run under KVM: the processor's flags say so, and /dev/kvm opens."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    if not re.search(r"^flags\s*:.*\b(svm|vmx)\b", flags, re.MULTILINE):
+        return False
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def vfio_user_device(socket: Path | str, **properties: object) -> list[str]:
+    """QEMU's arguments for a vfio-user device; only JSON can say the socket."""
+    import json  # noqa: PLC0415
+
+    device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket)}, **properties}
+    return ["-device", json.dumps(device)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A guest machine.
+
+    ``memory`` is in QEMU's notation. ``memory_backend`` is ``shared`` (a memfd that a vfio-user server can map),
+    ``private`` (a memfd whose pages the guest copies on write) or ``none`` (plain ``-m``). ``firmware`` is None to
+    boot the kernel directly, or ``seabios`` or ``ovmf`` to boot from a disk.
+    """
+
+    memory: str = "512M"
+    cpus: int = 1
+    machine: str = "q35"
+    memory_backend: str = "shared"
+    firmware: str | None = None
+    kernel_args: str = ""
+    allow_reboot: bool = False
+    arguments: list[str] = field(default_factory=list)
+
+    def command_line(self, folder: Path, *, shell: bool) -> list[str]:
+        """QEMU's command line; folder is for this machine's own files, and holds the file ``command``."""
+        machine = self.machine
+        memory = ["-m", self.memory]
+        if self.memory_backend != "none":
+            share = "on" if self.memory_backend == "shared" else "off"
+            memory += ["-object", f"memory-backend-memfd,id=mem,size={self.memory},share={share}"]
+            machine += ",memory-backend=mem"
+        accelerator = ["-accel", "kvm", "-cpu", "host"] if kvm_works() else ["-accel", "tcg", "-cpu", "max"]
+        line = [str(qemu()), "-nodefaults", "-no-user-config", "-display", "none", "-machine", machine, *accelerator]
+        line += ["-smp", str(self.cpus), *memory]
+        line += [] if self.allow_reboot else ["-no-reboot"]
+        line += self._boot(folder)
+        line += ["-fw_cfg", f"name=opt/vmmblk/command,file={folder}/command"]
+        if shell:
+            line += ["-fw_cfg", "name=opt/vmmblk/shell,string=1"]
+            line += ["-chardev", "stdio,id=console,mux=on,signal=off", "-mon", "chardev=console"]
+        else:
+            line += ["-chardev", f"file,id=console,path={folder}/console"]
+        line += ["-serial", "chardev:console"]
+        if not shell:
+            line += ["-chardev", "stdio,id=output,signal=off", "-serial", "chardev:output"]
+        return line + self.arguments
+
+    def _boot(self, folder: Path) -> list[str]:
+        if self.firmware == "ovmf":
+            place = CACHE / "qemu"
+            variables = folder / "OVMF_VARS.fd"
+            variables.write_bytes((place / "OVMF_VARS.fd").read_bytes())
+            code = f"if=pflash,unit=0,format=raw,readonly=on,file={place}/OVMF_CODE.fd"
+            return ["-drive", code, "-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
+        if self.firmware == "seabios":
+            return []
+        place = guest_folder()
+        line = ["-kernel", f"{place}/vmlinuz", "-initrd", f"{place}/initramfs"]
+        return [*line, "-append", f"{KERNEL_ARGUMENTS} {self.kernel_args}".strip()]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a guest ended.
+
+    ``status`` is the command's, TIMED_OUT or NO_STATUS (QEMU ended before the command did: a panic, an abort).
+    ``output`` is what the command printed, ``console`` the kernel's messages, ``qemu_log`` QEMU's standard error and
+    ``qemu_status`` QEMU's exit status, negative for a signal.
+    """
+
+    status: int
+    output: str
+    console: str
+    qemu_log: str
+    qemu_status: int
+
+
+class Guest:
+    """A running guest, to be used as a context manager; what is left of it at the end is killed.
+
+    ``process`` is QEMU itself. ``on_output`` is called with each piece of the command's output as it comes.
+    """
+
+    def __init__(self, setup: Setup, command: str, on_output: Callable[[bytes], object] | None = None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="vmmblk-guest-")
+        self._folder = Path(self._temporary.name)
+        (self._folder / "command").write_text(command + "\n", encoding="utf-8")
+        self._on_output = on_output
+        self._output = bytearray()
+        line = setup.command_line(self._folder, shell=False)
+        with (self._folder / "qemu-log").open("wb") as log:
+            self.process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._temporary.cleanup()
+
+    @property
+    def output(self) -> str:
+        """What the command has printed so far."""
+        return self._output.decode(errors="replace")
+
+    @property
+    def console(self) -> str:
+        """What the kernel has printed so far."""
+        return self._text("console")
+
+    @property
+    def qemu_log(self) -> str:
+        """What QEMU has printed so far."""
+        return self._text("qemu-log")
+
+    def kill(self) -> None:
+        """Kills QEMU with SIGKILL, if it still runs, and waits for its end."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._stdout.close()
+
+    def wait_for(self, text: str, timeout: float) -> None:
+        """Waits until the command has printed text. Raises TimeoutError with the console's tail."""
+        if not self._read(time.monotonic() + timeout, until=text.encode()):
+            raise TimeoutError(f"the guest did not print {text!r}\n{self.report()}")
+
+    def wait(self, timeout: float) -> Result:
+        """Waits for QEMU's end, at most timeout seconds; then it is killed."""
+        ended = self._read(time.monotonic() + timeout, until=None)
+        self.kill()
+        found = _ENDED.search(self._output)
+        status = int(found[1]) if found else NO_STATUS if ended else TIMED_OUT
+        output = bytes(self._output[: found.start()] if found else self._output).decode(errors="replace")
+        return Result(status, output, self.console, self.qemu_log, self.process.returncode)
+
+    def report(self) -> str:
+        """The last lines of everything there is, for whoever wants to know why it went wrong."""
+        parts = {"QEMU": self.qemu_log, "console": self.console, "output": self.output}
+        tails = {name: text.splitlines()[-25:] for name, text in parts.items()}
+        return "\n".join(line for name, tail in tails.items() if tail for line in (f"--- {name}:", *tail))
+
+    @property
+    def _stdout(self) -> IO[bytes]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def _text(self, name: str) -> str:
+        file = self._folder / name
+        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+    def _read(self, deadline: float, until: bytes | None) -> bool:
+        """Collects output until it holds ``until``, or QEMU ends; False when the time was up first."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._stdout, selectors.EVENT_READ)
+            while until is None or until not in self._output:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return False
+                piece = os.read(self._stdout.fileno(), 65536)
+                if not piece:
+                    return until is None
+                self._output += piece
+                if self._on_output is not None:
+                    self._on_output(piece)
+        return True
+
+
+def shell(setup: Setup) -> int:
+    """Boots a guest with a prompt on this terminal; returns QEMU's exit status."""
+    with tempfile.TemporaryDirectory(prefix="vmmblk-guest-") as folder:
+        (Path(folder) / "command").write_text("", encoding="utf-8")
+        return subprocess.call(setup.command_line(Path(folder), shell=True))
