@@ -282,9 +282,10 @@ class Connection:
             raise ProtocolError("the server's capabilities lack the terminating NUL")
         try:
             self.server_capabilities = dict(json.loads(body[:-1])["capabilities"])
-            self.max_msg_fds = min(int(self.server_capabilities.get("max_msg_fds", self.max_msg_fds)), _FDS_MAX)
+            offered = int(self.server_capabilities.get("max_msg_fds", self.max_msg_fds))
         except (ValueError, KeyError, TypeError) as error:
             raise ProtocolError(f"bad capabilities in the server's version reply: {error}") from error
+        self.max_msg_fds = max(1, min(offered, _FDS_MAX))
 
     def _next_reply(self, deadline: float) -> Message:
         while not (message := self._next_message(deadline)).is_reply:

@@ -1,0 +1,190 @@
+"""The driver's split virtqueue: ring memory out of guest memory, ring operations in C.
+
+Right use is ``add``, ``publish``, ``need_kick``, ``get_used``; everything else exists to do it wrong on purpose.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmmblk._core import ffi, lib
+from vmmblk.client.errors import ProtocolError, QueueFull
+from vmmblk.spec import DescFlag
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmmblk.client.memory import GuestMemory
+
+__all__ = ["DESCRIPTOR_SIZE", "Descriptor", "Segment", "SplitQueue"]
+
+DESCRIPTOR_SIZE = 16
+_USED_BATCH = 256
+
+
+class Segment(NamedTuple):
+    """One element of a chain: ``length`` bytes at ``iova``, for the device to read or to write."""
+
+    iova: int
+    length: int
+    writable: bool
+
+
+class Descriptor(NamedTuple):
+    """A descriptor told literally; ``next`` None is the slot of the descriptor that follows in the list."""
+
+    address: int
+    length: int
+    flags: int = 0
+    next: int | None = None
+
+
+class SplitQueue:
+    """Queue ``index`` of ``size`` descriptors.
+
+    ``desc``, ``avail`` and ``used`` are the IOVAs of its areas.  Call ``close`` before the memory is closed.
+    """
+
+    def __init__(self, memory: GuestMemory, index: int, size: int, *, event_idx: bool) -> None:
+        self.index = index
+        self.size = size
+        self.event_idx = event_idx
+        self._memory = memory
+        lengths = (DESCRIPTOR_SIZE * size, 6 + 2 * size, 6 + 8 * size)
+        self.desc, self.avail, self.used = (memory.alloc(length) for length in lengths)
+        areas = zip((self.desc, self.avail, self.used), lengths, strict=True)
+        hosts = [ffi.cast("void *", memory.address(iova, length)) for iova, length in areas]
+        self._ring = lib.vdrv_split_new(*hosts, size, event_idx)
+        if self._ring == ffi.NULL:
+            self._release_areas()
+            raise OSError(ffi.errno, f"cannot make a ring of {size} descriptors")
+        self._popped = ffi.new("struct vdrv_used[]", _USED_BATCH)
+
+    def close(self) -> None:
+        """Give the ring's memory back.  The device must have been told to leave it first."""
+        if self._ring != ffi.NULL:
+            lib.vdrv_split_free(self._ring)
+            self._ring = ffi.NULL
+            self._release_areas()
+
+    def _release_areas(self) -> None:
+        for iova in (self.desc, self.avail, self.used):
+            self._memory.free(iova)
+
+    # As the specification wants it.
+
+    @property
+    def room(self) -> int:
+        """Descriptors that are free."""
+        return int(lib.vdrv_split_room(self._ring))
+
+    def add(self, segments: Sequence[Segment], table: int | None = None) -> int:
+        """Make a chain of ``segments`` and offer it; the device sees it after ``publish``.
+
+        ``table`` is the IOVA of 16 bytes per segment, for an indirect chain; it is the caller's until the chain is
+        used.  Returns the head.  Raises QueueFull.
+        """
+        chain = ffi.new("struct vdrv_segment[]", len(segments))
+        for slot, segment in zip(chain, segments, strict=True):
+            slot.iova, slot.len = segment.iova, segment.length
+            slot.flags = DescFlag.WRITE if segment.writable else 0
+        host = ffi.NULL
+        if table is not None:
+            host = ffi.cast("void *", self._memory.address(table, DESCRIPTOR_SIZE * len(segments)))
+        return self._checked(lib.vdrv_split_add(self._ring, chain, len(segments), table or 0, host))
+
+    def publish(self) -> None:
+        """Make everything offered visible to the device."""
+        lib.vdrv_split_publish(self._ring)
+
+    def need_kick(self) -> bool:
+        """Whether the device wants to be notified of what was published since this was last asked."""
+        return bool(lib.vdrv_split_need_kick(self._ring))
+
+    def get_used(self) -> list[tuple[int, int]]:
+        """What the device has used since the last call: (head, bytes written), in its order.
+
+        Raises ProtocolError if the device returned what it was not given.
+        """
+        taken: list[tuple[int, int]] = []
+        while (count := lib.vdrv_split_get_used(self._ring, self._popped, _USED_BATCH)) > 0:
+            taken += [(self._popped[i].id, self._popped[i].len) for i in range(count)]
+        if count < 0 and not taken:
+            raise ProtocolError(f"queue {self.index}: the device wrote a used element that was not in flight")
+        return taken
+
+    def arm(self, ahead: int = 1) -> int:
+        """Ask for an interrupt once ``ahead`` more chains are used; returns how many are waiting already."""
+        return int(lib.vdrv_split_arm(self._ring, ahead))
+
+    def disarm(self) -> None:
+        """Ask for no interrupts."""
+        lib.vdrv_split_disarm(self._ring)
+
+    # Piece by piece, right or wrong.
+
+    def reserve(self, count: int) -> list[int]:
+        """Take ``count`` free descriptors; they come back when the device returns the first.  Raises QueueFull."""
+        slots = ffi.new("uint16_t[]", max(count, 1))
+        self._checked(lib.vdrv_split_reserve(self._ring, count, slots))
+        return list(slots[0:count])
+
+    def write_descriptor(self, slot: int, descriptor: Descriptor) -> None:
+        """Store a descriptor in the table, as it stands (``next`` None is 0)."""
+        address, length, flags, following = descriptor
+        self._checked(lib.vdrv_split_write(self._ring, slot, address, length, flags, following or 0))
+
+    def add_raw(self, descriptors: Sequence[Descriptor]) -> int:
+        """Write ``descriptors`` into free slots and offer the first; returns it.  Raises QueueFull."""
+        slots = self.reserve(len(descriptors))
+        for position, descriptor in enumerate(descriptors):
+            following = descriptor.next
+            if following is None:
+                following = slots[(position + 1) % len(slots)] if descriptor.flags & DescFlag.NEXT else 0
+            self.write_descriptor(slots[position], descriptor._replace(next=following))
+        self.offer(slots[0])
+        return slots[0]
+
+    def offer(self, head: int) -> None:
+        """Put any number into the next avail slot."""
+        lib.vdrv_split_offer(self._ring, head)
+
+    @property
+    def avail_idx(self) -> int:
+        """The avail index after everything offered; setting it publishes any value at once."""
+        return int(lib.vdrv_split_avail_idx(self._ring))
+
+    @avail_idx.setter
+    def avail_idx(self, value: int) -> None:
+        lib.vdrv_split_set_avail_idx(self._ring, value & 0xFFFF)
+
+    @property
+    def used_idx(self) -> int:
+        """The used index as the device last stored it."""
+        return int(lib.vdrv_split_used_idx(self._ring))
+
+    @property
+    def used_flags(self) -> int:
+        """The device's flags: bit 0 asks for no kicks."""
+        return int(lib.vdrv_split_used_flags(self._ring))
+
+    @property
+    def avail_event(self) -> int:
+        """The avail index at which the device asks for a kick (event index)."""
+        return int(lib.vdrv_split_avail_event(self._ring))
+
+    def set_avail_flags(self, flags: int) -> None:
+        """Store the driver's flags: bit 0 asks for no interrupts."""
+        lib.vdrv_split_set_avail_flags(self._ring, flags)
+
+    def set_used_event(self, event: int) -> None:
+        """Store the used index at which the driver asks for an interrupt (event index)."""
+        lib.vdrv_split_set_used_event(self._ring, event & 0xFFFF)
+
+    def _checked(self, result: int) -> int:
+        if result == -errno.ENOSPC:
+            raise QueueFull(f"queue {self.index} has {self.room} free descriptors of {self.size}")
+        if result < 0:
+            raise ValueError(f"queue {self.index}: no such chain or descriptor")
+        return result
