@@ -1,8 +1,8 @@
 """Packs the initramfs of the test guest: a few programs with their libraries, a few modules, and an init.
 
 Run by get-guest as ``initramfs.py LOADER USERLAND KERNEL INIT OUTPUT PROGRAM...``. LOADER is the dynamic loader of the
-unpacked Debian packages in USERLAND, and KERNEL the unpacked kernel package. The archive is written here, entry by entry, so
-that it needs neither root nor cpio, and every file in it belongs to root.
+unpacked Debian packages in USERLAND, and KERNEL the unpacked kernel package. The archive is written here, entry by
+entry, so that it needs neither root nor cpio, and every file in it belongs to root.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def libraries(loader: Path, folder: Path, program: Path) -> dict[str, Path]:
     """The libraries a program loads, by the name it loads them under."""
     # fio's engine for Ceph brings a library from a folder of its own; in the guest all lie in one.
     path = ":".join(str(folder / "usr/lib/x86_64-linux-gnu" / place) for place in ("", "ceph"))
-    listing = subprocess.run([loader, "--library-path", path, "--list", program], capture_output=True, text=True)
+    command = [loader, "--library-path", path, "--list", program]
+    listing = subprocess.run(command, capture_output=True, text=True, check=False)
     if "not found" in listing.stdout or listing.returncode:
         raise SystemExit(f"initramfs: {program.name} lacks libraries: {listing.stdout}{listing.stderr}")
     found = re.findall(r"^\s*(\S+) => (\S+)", listing.stdout, re.MULTILINE)

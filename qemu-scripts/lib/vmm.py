@@ -6,17 +6,20 @@ there is a virtual environment.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import selectors
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import IO, TYPE_CHECKING, Self, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmmblk"
@@ -25,7 +28,10 @@ KERNEL_ARGUMENTS = "console=ttyS0 loglevel=5 panic=-1"
 TIMED_OUT = 124
 NO_STATUS = 125
 
-_ENDED = re.compile(rb"\n@@ command ended: (\d+) @@\n")
+# What the guest's init writes around the command's output; firmware may have written to the port before.
+_BEGINS = b"@@ command begins @@\n"
+_ENDS = b"\n@@ command ended: "
+_ENDED = re.compile(_ENDS + rb"(\d+) @@\n")
 
 
 def qemu() -> Path:
@@ -60,8 +66,6 @@ def kvm_works() -> bool:
 
 def vfio_user_device(socket: Path | str, **properties: object) -> list[str]:
     """QEMU's arguments for a vfio-user device; only JSON can say the socket."""
-    import json  # noqa: PLC0415
-
     device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket)}, **properties}
     return ["-device", json.dumps(device)]
 
@@ -84,7 +88,7 @@ class Setup:
     allow_reboot: bool = False
     arguments: list[str] = field(default_factory=list)
 
-    def command_line(self, folder: Path, *, shell: bool) -> list[str]:
+    def command_line(self, folder: Path, *, interactive: bool) -> list[str]:
         """QEMU's command line; folder is for this machine's own files, and holds the file ``command``."""
         machine = self.machine
         memory = ["-m", self.memory]
@@ -98,13 +102,11 @@ class Setup:
         line += [] if self.allow_reboot else ["-no-reboot"]
         line += self._boot(folder)
         line += ["-fw_cfg", f"name=opt/vmmblk/command,file={folder}/command"]
-        if shell:
+        if interactive:
             line += ["-fw_cfg", "name=opt/vmmblk/shell,string=1"]
-            line += ["-chardev", "stdio,id=console,mux=on,signal=off", "-mon", "chardev=console"]
+            line += ["-serial", "mon:stdio"]
         else:
-            line += ["-chardev", f"file,id=console,path={folder}/console"]
-        line += ["-serial", "chardev:console"]
-        if not shell:
+            line += ["-chardev", f"file,id=console,path={folder}/console", "-serial", "chardev:console"]
             line += ["-chardev", "stdio,id=output,signal=off", "-serial", "chardev:output"]
         return line + self.arguments
 
@@ -138,6 +140,42 @@ class Result:
     qemu_status: int
 
 
+class CommandOutput:
+    """The command's output as it comes from the serial port, and its status once it has ended."""
+
+    def __init__(self) -> None:
+        self.text = bytearray()
+        self.status: int | None = None
+        self._held = b""
+        self._begun = False
+
+    def feed(self, piece: bytes) -> bytes:
+        """Takes a piece from the port; returns what of the output became known by it."""
+        self._held += piece
+        if not self._begun:
+            if _BEGINS not in self._held:
+                return b""
+            self._begun = True
+            self._held = self._held.partition(_BEGINS)[2]
+        if ended := _ENDED.search(self._held):
+            self.status = int(ended[1])
+            known, self._held = self._held[: ended.start()], b""
+        else:
+            # A last line that may become the one that tells the status waits for its end.
+            line = self._held.rfind(b"\n")
+            may_be = line >= 0 and _ENDS.startswith(self._held[line:][: len(_ENDS)])
+            end = line if may_be else len(self._held)
+            known, self._held = self._held[:end], self._held[end:]
+        self.text += known
+        return known
+
+    def end(self) -> bytes:
+        """Returns what was held back, when nothing more comes."""
+        known, self._held = self._held if self._begun else b"", b""
+        self.text += known
+        return known
+
+
 class Guest:
     """A running guest, to be used as a context manager; what is left of it at the end is killed.
 
@@ -149,8 +187,8 @@ class Guest:
         self._folder = Path(self._temporary.name)
         (self._folder / "command").write_text(command + "\n", encoding="utf-8")
         self._on_output = on_output
-        self._output = bytearray()
-        line = setup.command_line(self._folder, shell=False)
+        self._output = CommandOutput()
+        line = setup.command_line(self._folder, interactive=False)
         with (self._folder / "qemu-log").open("wb") as log:
             self.process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
 
@@ -166,7 +204,7 @@ class Guest:
     @property
     def output(self) -> str:
         """What the command has printed so far."""
-        return self._output.decode(errors="replace")
+        return self._output.text.decode(errors="replace")
 
     @property
     def console(self) -> str:
@@ -194,10 +232,10 @@ class Guest:
         """Waits for QEMU's end, at most timeout seconds; then it is killed."""
         ended = self._read(time.monotonic() + timeout, until=None)
         self.kill()
-        found = _ENDED.search(self._output)
-        status = int(found[1]) if found else NO_STATUS if ended else TIMED_OUT
-        output = bytes(self._output[: found.start()] if found else self._output).decode(errors="replace")
-        return Result(status, output, self.console, self.qemu_log, self.process.returncode)
+        status = self._output.status
+        if status is None:
+            status = NO_STATUS if ended else TIMED_OUT
+        return Result(status, self.output, self.console, self.qemu_log, self.process.returncode)
 
     def report(self) -> str:
         """The last lines of everything there is, for whoever wants to know why it went wrong."""
@@ -207,8 +245,7 @@ class Guest:
 
     @property
     def _stdout(self) -> IO[bytes]:
-        assert self.process.stdout is not None
-        return self.process.stdout
+        return cast("IO[bytes]", self.process.stdout)  # it was asked for
 
     def _text(self, name: str) -> str:
         file = self._folder / name
@@ -218,15 +255,15 @@ class Guest:
         """Collects output until it holds ``until``, or QEMU ends; False when the time was up first."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._stdout, selectors.EVENT_READ)
-            while until is None or until not in self._output:
+            while until is None or until not in self._output.text:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     return False
                 piece = os.read(self._stdout.fileno(), 65536)
-                if not piece:
-                    return until is None
-                self._output += piece
+                known = self._output.feed(piece) if piece else self._output.end()
                 if self._on_output is not None:
-                    self._on_output(piece)
+                    self._on_output(known)
+                if not piece:
+                    return until is None or until in self._output.text
         return True
 
 
@@ -234,4 +271,4 @@ def shell(setup: Setup) -> int:
     """Boots a guest with a prompt on this terminal; returns QEMU's exit status."""
     with tempfile.TemporaryDirectory(prefix="vmmblk-guest-") as folder:
         (Path(folder) / "command").write_text("", encoding="utf-8")
-        return subprocess.call(setup.command_line(Path(folder), shell=True))
+        return subprocess.call(setup.command_line(Path(folder), interactive=True))
