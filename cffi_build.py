@@ -59,7 +59,8 @@ def _json_c(near: Path) -> str:
 
 def _library_in(place: Path) -> Library | None:
     """libvfio-user in an install prefix or in a built source tree."""
-    header = next((p for p in (place / "include/vfio-user", place / "include") if (p / "libvfio-user.h").is_file()), None)
+    folders = (place / "include/vfio-user", place / "include")
+    header = next((folder for folder in folders if (folder / "libvfio-user.h").is_file()), None)
     if header is None:
         return None
     places = [place / "lib", place / "lib64", *sorted(place.glob("lib/*-linux-*")), *sorted(place.glob("build*"))]
@@ -77,13 +78,11 @@ def find_libvfio_user() -> Library:
     if chosen := os.environ.get("LIBVFIO_USER"):
         if found := _library_in(Path(chosen).expanduser().resolve()):
             return found
-        raise MissingLibrary(
-            f"LIBVFIO_USER={chosen} holds no built libvfio-user (include/ and a library): run qemu-scripts/get-libvfio-user"
-        )
+        raise MissingLibrary(f"LIBVFIO_USER={chosen} holds no built libvfio-user: run qemu-scripts/get-libvfio-user")
     for place in (Path("/usr/local"), Path("/usr"), _cache()):
         if found := _library_in(place):
             return found
-    raise MissingLibrary("libvfio-user was not found: run qemu-scripts/get-libvfio-user, or set LIBVFIO_USER to its prefix")
+    raise MissingLibrary("libvfio-user was not found: run qemu-scripts/get-libvfio-user, or set LIBVFIO_USER")
 
 
 def _compile(name: str, declarations: list[str], headers: list[str], sources: list[str], **options: Any) -> Path:
@@ -112,9 +111,8 @@ def build() -> list[Path]:
     """Compile both extensions into the package; returns their files.  Raises: MissingLibrary."""
     library = find_libvfio_user()
     core = _compile("_core", CORE_DECLARATIONS, CORE_HEADERS, CORE_SOURCES)
-    vfu = _compile(
-        "_vfu", VFU_DECLARATIONS, VFU_HEADERS, VFU_SOURCES, include_dirs=[str(library.include)], extra_link_args=library.link
-    )
+    where = {"include_dirs": [str(library.include)], "extra_link_args": library.link}
+    vfu = _compile("_vfu", VFU_DECLARATIONS, VFU_HEADERS, VFU_SOURCES, **where)
     return [core, vfu]
 
 

@@ -5,7 +5,8 @@ request names its alias; :meth:`Core.view` turns it into a memoryview of the gue
 region: when guest memory is taken back, anonymous memory takes the alias's place, and the address range is freed when
 the last view of it is gone.  So a block that keeps a view for ever harms nobody.
 
-Threads: the transport thread calls everything here but :meth:`Core.view`, which the thread that pops calls.
+Threads: the transport thread calls everything here but :meth:`Core.view`, which the thread that pops calls for chains
+in flight.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class Core:
 
     def map(self, region: Region) -> None:
         """Add a region.  Raises: OSError (EINVAL, EEXIST for an overlap, ENOSPC, ENOMEM)."""
+        self._forget_retired()
         out = self._fresh[0]
         r = region
         _check(
@@ -122,15 +124,17 @@ class Core:
         _check(lib.vmm_device_unmap(self.handle, iova, size, alias), f"guest memory at {iova:#x}")
         if alias[0]:
             self._retired.append(alias[0])
+        self._forget_retired()
 
     def view(self, alias: int) -> Alias:
-        """The alias of that number; it is there as long as a chain that names it has not been turned into views."""
+        """The alias of that number; it is there as long as a chain that names it is in flight."""
         return self._aliases[alias]
 
-    def forget_retired(self) -> None:
-        """Drop what was retired.  Called by the thread that pops, while it holds no segments it has not looked up."""
-        while self._retired:
-            self._aliases.pop(self._retired.pop(), None)
+    def _forget_retired(self) -> None:
+        # memory is retired with nothing in flight but orphans, so without orphans nobody looks these up any more
+        if not self.orphans:
+            while self._retired:
+                del self._aliases[self._retired.pop()]
 
     def orphan(self) -> None:
         """Take guest memory back from everything in flight (all queues paused).

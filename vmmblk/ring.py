@@ -17,13 +17,18 @@ Each chain is completed exactly once.  One thread pops; any thread may complete.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vmmblk._core import ffi, lib
-from vmmblk.memory import Core
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vmmblk.memory import Core
 
 __all__ = ["Chain", "CorruptRing", "Queue", "UnreachableRing"]
 
@@ -82,6 +87,8 @@ class Queue:
 
     def __init__(self, core: Core, index: int) -> None:
         self.index = index
+        self.starts = 0
+        """How often the queue was started: tells its lives apart."""
         self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._core = core
         self._handle = core.queue_handle(index, self.kick_fd)
@@ -106,6 +113,7 @@ class Queue:
         error = lib.vmm_queue_start(self._handle, config)
         if error:
             raise OSError(-error, f"queue {self.index}: {os.strerror(-error)}")
+        self.starts += 1
 
     def stop(self) -> None:
         """Touch the ring no more.  What was in flight must have been drained or orphaned."""
@@ -136,10 +144,8 @@ class Queue:
 
     def clear_kick(self) -> None:
         """The doorbell was heard."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.kick_fd)
-        except BlockingIOError:
-            pass
 
     @property
     def looks_unshared(self) -> bool:
@@ -152,7 +158,6 @@ class Queue:
 
         Raises: CorruptRing, UnreachableRing; both stay until the queue is stopped.
         """
-        self._core.forget_retired()
         n = lib.vmm_queue_pop(self._handle, self._chains, self.BATCH)
         if n == -errno.EFAULT:
             raise UnreachableRing(f"queue {self.index}")

@@ -62,7 +62,8 @@ class GuestMemory:
         self._pages = mmap.mmap(self.fd, size)
         self._buffer = ffi.from_buffer(self._pages)
         self._base = int(ffi.cast("uintptr_t", self._buffer))
-        self._free = list(self.layout)
+        # as in a guest, the page at address 0 is not handed out: an address of 0 means that none was set
+        self._free = [_above(PAGE, piece) for piece in self.layout]
         self._taken: dict[int, int] = {}
 
     def __enter__(self) -> Self:
@@ -180,3 +181,8 @@ def _memfd(name: str, size: int) -> int:
     fd = os.memfd_create(name)
     os.ftruncate(fd, size)
     return fd
+
+
+def _above(iova: int, piece: Range) -> Range:
+    start = max(iova, piece.iova)
+    return Range(start, piece.iova + piece.size - start)

@@ -1,0 +1,470 @@
+"""One virtio-blk device on one socket: wires transport, PCI function, core, worker and block together.
+
+Three threads matter.  The transport thread owns the registers and everything in this module but ``start`` and ``stop``.
+The worker's thread owns the block.  The thread that made the server starts and stops it.
+
+Draining.  Before guest memory changes, before a reset is answered and when the client is lost, nothing may be in
+flight.  The queues are paused, and what is in flight may take ``DRAIN_LIMIT`` seconds, over a whole burst of such
+messages: QEMU gives all of them together five.  What has not ended by then is orphaned: the core takes the memory back
+from it, the block goes on in memory of its own, and until it has ended no new request reaches the block.  A reset by
+the driver (a status of 0, queue_reset) is drained the same way, while the registers read "not yet".
+
+Memory that the kernel has pinned (O_DIRECT without bounce) cannot be taken back.  Then the connection is closed instead
+of answered: the VMM goes down, but no guest memory is corrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from vmmblk.block import Block, Operation, SupportsIdentify, SupportsResize, operations
+from vmmblk.device import (
+    ConfigInterrupt,
+    ConfigVectorChanged,
+    Device,
+    Notify,
+    QueueVectorChanged,
+    Reset,
+    ResetQueue,
+    StartQueue,
+    StopQueues,
+    WriteCacheChanged,
+    configure,
+)
+from vmmblk.errors import ConfigError
+from vmmblk.memory import Core, Pause, Region
+from vmmblk.pci import (
+    NOTIFY_MULTIPLIER,
+    NOTIFY_OFFSET,
+    VIRTIO_BAR,
+    BusMaster,
+    Effect,
+    IntxDisabled,
+    MsixEnabled,
+    PciFunction,
+)
+from vmmblk.request import Limits, SegmentLimits
+from vmmblk.ring import Queue, UnreachableRing
+from vmmblk.spec import BLK_ID_BYTES, NO_VECTOR, SECTOR_SIZE
+from vmmblk.vfio_user import CONFIG_REGION, Layout, Transport
+from vmmblk.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+__all__ = ["DRAIN_LIMIT", "MEMORY_ADVICE", "DrainBudget", "Server", "ServerOptions"]
+
+log = logging.getLogger("vmmblk.server")
+
+DRAIN_LIMIT = 1.0
+"""Seconds that requests in flight get to end before their memory is taken back."""
+
+MEMORY_ADVICE = (
+    "guest memory is not shared with vmmblk: start QEMU with"
+    " -object memory-backend-memfd,id=mem,size=<as -m>,share=on -machine memory-backend=mem"
+)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the device presents the block.
+
+    ``serial`` (ASCII, at most 20 characters) is what GET_ID answers, by default what the block says; ``queue_size`` a
+    power of two up to 32768; ``cache`` the mode in which a guest that can choose starts.
+    """
+
+    serial: str = ""
+    queue_size: int = 256
+    cache: Literal["writeback", "writethrough"] = "writeback"
+
+
+class DrainBudget:
+    """How long a drain may take: ``limit`` seconds in all for drains that follow each other within ``calm`` seconds."""
+
+    def __init__(self, limit: float = DRAIN_LIMIT, calm: float = 1.0) -> None:
+        self._limit = limit
+        self._calm = calm
+        self._spent = 0.0
+        self._began = 0.0
+        self._ended = float("-inf")
+
+    def begin(self, now: float) -> float:
+        """A drain begins; returns when it must be over."""
+        if now - self._ended > self._calm:
+            self._spent = 0.0
+        self._began = now
+        return now + max(0.0, self._limit - self._spent)
+
+    def end(self, now: float) -> None:
+        """It is over."""
+        self._spent += now - self._began
+        self._ended = now
+
+
+class Server:
+    """A virtio-blk device on the UNIX socket ``socket``, its disk ``block`` (prepared by ``filters.prepare``).
+
+    The server owns the block from ``start`` on and disconnects it in ``stop``.
+    """
+
+    def __init__(self, socket: Path, block: Block, options: ServerOptions) -> None:
+        self._path = socket
+        self._block = block
+        info = block.info
+        self._config = configure(
+            info, operations(block), block.topology, queue_size=options.queue_size, cache=options.cache
+        )
+        self._core = Core(self._config.queues, self._config.queue_size)
+        self._queues = [Queue(self._core, index) for index in range(self._config.queues)]
+        self._device = Device(self._config)
+        self._pci = PciFunction(self._device, self._core)
+        self._worker = Worker(block, self._queues, _serial(block, options), self)
+        self._transport: Transport | None = None
+        self._budget = DrainBudget()
+        self._deadline: float | None = None
+        self._quiescing = False
+        self._resetting_queues: set[int] = set()
+        self._advised = False
+        self._started = False
+        self._inode: tuple[int, int] | None = None
+        self.drained_fd = self._core.drained_fd
+        self._apply_table: dict[type, Callable[[Any], None]] = {
+            Reset: lambda _: self._begin_reset(),
+            StartQueue: self._start_queue,
+            StopQueues: lambda _: self._stop_queues(),
+            ResetQueue: self._begin_queue_reset,
+            Notify: lambda effect: self._queues[effect.index].kick(),
+            ConfigVectorChanged: lambda effect: self._core.set_config_vector(effect.vector),
+            QueueVectorChanged: lambda effect: self._queues[effect.index].set_vector(effect.vector),
+            ConfigInterrupt: lambda _: self._core.config_interrupt(),
+            WriteCacheChanged: lambda effect: self._worker.set_write_cache(effect.on),
+            MsixEnabled: lambda effect: self._core.set_msix(effect.on),
+            IntxDisabled: lambda effect: self._core.set_intx_disabled(effect.on),
+            BusMaster: lambda effect: self._set_bus_master(effect.on),
+        }
+
+    # -- life, called by the thread that made the server
+
+    def start(self) -> None:
+        """Bind the socket and serve.  A socket file that nobody listens on any more is replaced.
+
+        Raises: ConfigError with what to do about it.
+        """
+        _clear_stale_socket(self._path)
+        try:
+            self._transport = Transport(self._path, self, self._layout())
+            self._path.chmod(0o600)  # whoever can connect reads and writes the disk
+            status = self._path.stat()
+        except OSError as error:
+            self._close()
+            raise ConfigError(_why_not_bound(self._path, error)) from error
+        self._inode = status.st_dev, status.st_ino
+        self._core.irq_sink(*self._transport.trigger)
+        for queue in self._queues:
+            self._transport.set_kick(queue.index, queue.kick_fd)
+        self._core.pause(Pause.BUS_MASTER)
+        if isinstance(self._block, SupportsResize) and Operation.RESIZE in operations(self._block):
+            self._block.on_resize(self._block_grew)
+        self._worker.start()
+        self._transport.start()
+        self._started = True
+
+    def stop(self, timeout: float) -> bool:
+        """Drain, flush, disconnect the block, close the connection, remove the socket.
+
+        False if that was not over after ``timeout`` seconds: then something in the disk hangs, and only ending the
+        process ends it (the socket is removed all the same).
+        """
+        if not self._started:
+            return True
+        self._started = False
+        until = time.monotonic() + timeout
+        self._core.pause(Pause.STOP)
+        stopped = self._worker.stop(timeout)
+        if stopped and self._transport is not None:
+            stopped = self._transport.stop(max(0.5, until - time.monotonic()))
+        self._remove_socket()
+        if stopped:
+            self._close()
+        return stopped
+
+    @property
+    def failed(self) -> BaseException | None:
+        """What ended the server before its time, if anything did."""
+        return self._worker.failed or (self._transport.failed if self._transport else None)
+
+    def _close(self) -> None:
+        for queue in self._queues:
+            queue.stop()
+            queue.close()
+        self._core.close()
+
+    def _remove_socket(self) -> None:
+        with contextlib.suppress(OSError):
+            status = self._path.stat()
+            if (status.st_dev, status.st_ino) == self._inode:  # not one that somebody put in its place
+                self._path.unlink()
+
+    def _layout(self) -> Layout:
+        return Layout(
+            vectors=self._config.vectors,
+            bar_sizes=tuple(self._pci.bar_size(bar) for bar in range(6)),
+            doorbell_bar=VIRTIO_BAR,
+            doorbell_offset=NOTIFY_OFFSET,
+            doorbell_stride=NOTIFY_MULTIPLIER,
+            queues=self._config.queues,
+        )
+
+    # -- what the transport asks (Handler)
+
+    def region_read(self, region: int, offset: int, length: int) -> bytes:
+        """Registers, configuration space, MSI-X table and PBA."""
+        if region == CONFIG_REGION:
+            return self._pci.config_read(offset, length)
+        return self._pci.bar_read(region, offset, length)
+
+    def region_write(self, region: int, offset: int, data: bytes) -> None:
+        """Registers, configuration space, MSI-X table."""
+        if region == CONFIG_REGION:
+            self._apply(self._pci.config_write(offset, data))
+        else:
+            self._apply(self._pci.bar_write(region, offset, data))
+
+    def quiesce(self) -> bool:
+        """Pause the queues; True if nothing is in flight."""
+        if not self._core.pause(Pause.QUIESCE):
+            return True
+        self._quiescing = True
+        self._deadline = self._budget.begin(time.monotonic())
+        return False
+
+    def resume(self) -> None:
+        """Serve again."""
+        self._core.resume(Pause.QUIESCE)
+
+    def reset(self, *, lost: bool) -> None:
+        """DEVICE_RESET, or the client is gone: the whole function is as it was at first."""
+        log.info("the client is gone" if lost else "the client reset the device")
+        self._finish_reset(self._pci.reset())
+        if lost:
+            self._advised = False
+
+    def dma_map(self, region: Region) -> None:
+        """Guest memory appeared."""
+        try:
+            self._core.map(region)
+        except OSError as error:
+            log.error("%s: it cannot be reached", error.strerror)
+
+    def dma_unmap(self, iova: int, size: int) -> None:
+        """Guest memory goes away."""
+        with contextlib.suppress(FileNotFoundError):  # it could not be mapped
+            self._core.unmap(iova, size)
+
+    def intx_unmask(self) -> None:
+        """INTx is a level."""
+        self._core.intx_again()
+
+    def deadline(self) -> float | None:
+        """When what is in flight is orphaned."""
+        return self._deadline
+
+    def drained(self) -> None:
+        """Finish what waited for nothing to be in flight, or give up waiting."""
+        if self._deadline is not None and time.monotonic() >= self._deadline and self._core.busy:
+            self._deadline = None
+            self._take_memory_back()
+        self._settle()
+
+    # -- what the worker reports (Supervisor), from its thread
+
+    def ring_failed(self, queue: Queue, start: int, error: Exception) -> None:
+        """A ring is corrupt or out of reach: only a reset repairs that."""
+        if self._transport is not None:
+            self._transport.call(lambda: self._ring_failed(queue, start, error))
+
+    def memory_not_shared(self) -> None:
+        """Say so, once a client."""
+        if not self._advised:
+            self._advised = True
+            log.error("%s", MEMORY_ADVICE)
+
+    def _ring_failed(self, queue: Queue, start: int, error: Exception) -> None:
+        if queue.starts != start or not self._device.live:
+            return  # it has been reset meanwhile
+        if isinstance(error, UnreachableRing):
+            self.memory_not_shared()
+        else:
+            log.info("queue %d is corrupt: the device needs a reset", queue.index)
+        self._apply(self._device.needs_reset())
+
+    def _block_grew(self) -> None:
+        transport = self._transport
+        if transport is not None:
+            sectors = self._block.info.size_bytes // SECTOR_SIZE
+            transport.call(lambda: self._apply(self._device.set_capacity(sectors)))
+
+    # -- effects of register writes
+
+    def _apply(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            self._apply_table[type(effect)](effect)
+
+    def _set_bus_master(self, on: bool) -> None:
+        if on:
+            self._core.resume(Pause.BUS_MASTER)
+        else:
+            self._core.pause(Pause.BUS_MASTER)
+
+    def _start_queue(self, effect: StartQueue) -> None:
+        blk = self._config.blk
+        self._worker.configure(
+            Limits(
+                features=self._device.negotiated,
+                sector_size=self._block.info.sector_size,
+                discard=SegmentLimits(blk.max_discard_sectors, blk.max_discard_seg),
+                write_zeroes=SegmentLimits(blk.max_write_zeroes_sectors, blk.max_write_zeroes_seg),
+            )
+        )
+        self._worker.set_write_cache(self._device.write_cache)
+        c = effect.queue
+        queue = self._queues[c.index]
+        try:
+            queue.start(
+                size=c.size,
+                desc=c.desc,
+                driver=c.driver,
+                device=c.device,
+                vector=c.vector,
+                event_idx=c.event_idx,
+                indirect=c.indirect,
+            )
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                self.memory_not_shared()
+            else:
+                log.info("%s: the device needs a reset", error)
+            self._apply(self._device.needs_reset())
+            return
+        queue.kick()
+
+    def _stop_queues(self) -> None:
+        self._core.pause(Pause.RESET)
+
+    def _begin_reset(self) -> None:
+        self._core.pause(Pause.RESET)
+        self._drain_for_driver()
+
+    def _begin_queue_reset(self, effect: ResetQueue) -> None:
+        self._queues[effect.index].pause(Pause.RESET)
+        self._resetting_queues.add(effect.index)
+        self._drain_for_driver()
+
+    def _drain_for_driver(self) -> None:
+        if self._deadline is None:
+            self._deadline = self._budget.begin(time.monotonic())
+        self._settle()
+
+    # -- draining
+
+    def _settle(self) -> None:
+        if self._device.resetting and not self._core.busy:
+            self._device.reset_done()
+            self._core.take()
+            self._finish_reset([])
+        for index in list(self._resetting_queues):
+            if not self._queues[index].busy:
+                self._finish_queue_reset(index)
+        if not (self._core.busy and (self._quiescing or self._device.resetting or self._resetting_queues)):
+            self._end_drain()
+
+    def _end_drain(self) -> None:
+        if self._deadline is not None:
+            self._deadline = None
+            self._budget.end(time.monotonic())
+        if self._quiescing and self._transport is not None:
+            self._quiescing = False
+            self._transport.quiesced()
+
+    def _finish_reset(self, effects: Iterable[Effect]) -> None:
+        for queue in self._queues:
+            queue.stop()
+            queue.set_vector(NO_VECTOR)
+        self._core.set_config_vector(NO_VECTOR)
+        self._resetting_queues.clear()
+        self._apply(effects)
+        self._core.resume(Pause.RESET)
+
+    def _finish_queue_reset(self, index: int) -> None:
+        self._resetting_queues.discard(index)
+        self._queues[index].stop()
+        self._queues[index].set_vector(NO_VECTOR)
+        self._device.queue_reset_done(index)
+        self._queues[index].resume(Pause.RESET)
+
+    def _take_memory_back(self) -> None:
+        busy = self._core.busy
+        if self._block.pins_memory and not self._block.bounce:
+            if self._quiescing:
+                log.error("%d requests have not ended and hold guest memory: the connection is closed", busy)
+                self._drop()
+            return
+        log.warning("%d requests have not ended within %g s: their memory is taken back", busy, DRAIN_LIMIT)
+        try:
+            self._core.orphan()
+        except OSError as error:
+            log.error("%s: the connection is closed", error)
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._transport is not None:
+            self._transport.drop()
+
+
+def _serial(block: Block, options: ServerOptions) -> str:
+    serial = options.serial
+    if not serial and isinstance(block, SupportsIdentify) and Operation.IDENTIFY in operations(block):
+        serial = block.identify()
+    if not serial.isascii() or len(serial) > BLK_ID_BYTES:
+        raise ConfigError(f"the serial {serial!r} must be ASCII and at most {BLK_ID_BYTES} characters")
+    return serial
+
+
+def _clear_stale_socket(path: Path) -> None:
+    """Remove a socket file that nobody listens on.  Raises: ConfigError if somebody does, or if it is no socket."""
+    try:
+        if not path.is_socket():
+            if path.exists():
+                raise ConfigError(f"{path} exists and is no socket: choose another --socket")
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+            result = probe.connect_ex(os.fsencode(path))
+        if result == errno.ECONNREFUSED:
+            path.unlink()
+            log.info("replaced %s, which nobody listened on", path)
+        elif result != errno.ENOENT:
+            raise ConfigError(f"{path} is in use by another server: choose another --socket, or stop that one")
+    except OSError as error:
+        raise ConfigError(_why_not_bound(path, error)) from error
+
+
+def _why_not_bound(path: Path, error: OSError) -> str:
+    reasons = {
+        errno.EADDRINUSE: "is in use by another server: choose another --socket",
+        errno.EACCES: f"cannot be made: no permission on {path.parent}, choose a folder that you may write to",
+        errno.EPERM: f"cannot be made: no permission on {path.parent}, choose a folder that you may write to",
+        errno.EROFS: "cannot be made: its file system is read-only",
+        errno.ENOENT: f"cannot be made: the folder {path.parent} does not exist",
+        errno.ENOTDIR: f"cannot be made: {path.parent} is no folder",
+        errno.ENAMETOOLONG: "is too long for a UNIX socket (107 bytes): choose a shorter --socket",
+    }
+    why = reasons.get(error.errno or 0, f"cannot be made: {error.strerror}")
+    return f"the socket {path} {why}"

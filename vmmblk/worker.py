@@ -1,0 +1,348 @@
+"""Serves virtqueues from a block: pop, parse, await the block, complete.
+
+The worker has an event loop in a thread of its own, apart from the transport: a disk that sleeps, waits or computes
+delays requests but never a register.  Each request is a task.  Nothing is ever cancelled: a request that was submitted
+to a block runs to its end, and draining waits for it.
+
+It knows rings, memory views and a block, and nothing of the transport; what it has to say about a ring that failed goes
+to a :class:`Supervisor`, from the worker's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import mmap
+import threading
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from vmmblk.block import Block, Buffers, Operation, SupportsDiscard, SupportsFlush, SupportsWriteZeroes, operations
+from vmmblk.errors import BadRequest, BlockError, status_of
+from vmmblk.request import Discard, Flush, GetId, Limits, Read, Request, Write, WriteZeroes, parse, parse_ranges
+from vmmblk.ring import Chain, CorruptRing, Queue, UnreachableRing
+from vmmblk.spec import BLK_ID_BYTES, SECTOR_SIZE, RequestType, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+
+__all__ = ["LogBudget", "Supervisor", "Worker"]
+
+log = logging.getLogger("vmmblk.worker")
+
+_BOUNCE_CHUNK = 1 << 20  # bytes of a bounced request that are in private memory at a time
+_BOUNCES = 32  # requests that bounce at a time
+
+Outcome = tuple[Status, int]
+"""Status, and how many leading bytes of the device-writable data were written."""
+
+
+class Supervisor(Protocol):
+    """Who is told when a ring fails; called from the worker's thread."""
+
+    def ring_failed(self, queue: Queue, start: int, error: Exception) -> None:
+        """``queue``, in its ``start``-th life, is corrupt (CorruptRing) or out of reach (UnreachableRing)."""
+
+    def memory_not_shared(self) -> None:
+        """Guest memory seems not to be shared with us."""
+
+
+class LogBudget:
+    """How often something that a guest can cause may be logged: ``burst`` times, then once in ``seconds``."""
+
+    def __init__(self, burst: int = 10, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._burst = burst
+        self._seconds = seconds
+        self._clock = clock
+        self._tokens = float(burst)
+        self._last = clock()
+        self.suppressed = 0
+        """Messages swallowed since the last that was allowed."""
+
+    def allows(self) -> bool:
+        """Whether to log now."""
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._last) / self._seconds)
+        self._last = now
+        if self._tokens < 1:
+            self.suppressed += 1
+            return False
+        self._tokens -= 1
+        return True
+
+
+class Worker:
+    """Serves ``queues`` from ``block``, which must be asynchronous and checked (``filters.prepare``).
+
+    ``serial`` is what GET_ID answers: ASCII, at most 20 characters.
+    """
+
+    def __init__(self, block: Block, queues: Sequence[Queue], serial: str, supervisor: Supervisor) -> None:
+        self._block = block
+        self._queues = queues
+        self._serial = serial.encode("ascii")[:BLK_ID_BYTES].ljust(BLK_ID_BYTES, b"\0")
+        self._supervisor = supervisor
+        self._flushable = block if isinstance(block, SupportsFlush) and Operation.FLUSH in operations(block) else None
+        self._sector_size = block.info.sector_size
+        self._write_cache = False
+        self._limits = Limits(0)
+        self._done: dict[int, list[tuple[int, int, int]]] = {queue.index: [] for queue in queues}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bug_log = LogBudget()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._bounces = asyncio.Semaphore(_BOUNCES)
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+        self.failed: BaseException | None = None
+        """What ended the worker before its time."""
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def configure(self, limits: Limits) -> None:
+        """What requests are held against from now on.  From any thread, before the queues start."""
+        self._limits = limits
+
+    def set_write_cache(self, on: bool) -> None:
+        """Whether completed writes may be volatile until the next flush.  From any thread.
+
+        Turning it off flushes: a driver that sees write-through may never send a flush for what it wrote before.
+        """
+        if self._write_cache and not on and self._flushable is not None:
+            self._loop.call_soon_threadsafe(self._spawn, self._flush_quietly())
+        self._write_cache = on
+
+    def stop(self, timeout: float) -> bool:
+        """Wait for what is in flight, flush, disconnect the block, end the thread.
+
+        The queues must have been paused.  False if that has not happened within ``timeout`` seconds.
+        """
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._main())
+        except BaseException as error:
+            log.exception("the worker failed")
+            self.failed = error
+        finally:
+            self._loop.close()
+
+    async def _main(self) -> None:
+        for queue in self._queues:
+            self._loop.add_reader(queue.kick_fd, self._kicked, queue)
+        await self._stop.wait()
+        for queue in self._queues:
+            self._loop.remove_reader(queue.kick_fd)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await asyncio.sleep(0)  # completions of the last tasks are sent in a turn of their own
+        await self._flush_quietly()
+        try:
+            await _finished(self._block.disconnect())
+        except (BlockError, OSError) as error:
+            log.error("disconnecting the disk failed: %s", error)
+
+    async def _flush_quietly(self) -> None:
+        try:
+            if self._flushable is not None:
+                await _finished(self._flushable.flush())
+        except (BlockError, OSError) as error:
+            log.error("flushing the disk failed: %s", error)
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- a queue
+
+    def _kicked(self, queue: Queue) -> None:
+        queue.clear_kick()
+        self._serve(queue)
+
+    def _serve(self, queue: Queue) -> None:
+        start = queue.starts
+        try:
+            chains = queue.pop()
+        except (CorruptRing, UnreachableRing) as error:
+            self._supervisor.ring_failed(queue, start, error)
+            return
+        for chain in chains:
+            self._spawn(self._serve_chain(queue, chain))
+        if len(chains) == queue.BATCH:
+            self._loop.call_soon(self._serve, queue)
+        elif not chains and queue.looks_unshared:
+            self._supervisor.memory_not_shared()
+
+    async def _serve_chain(self, queue: Queue, chain: Chain) -> None:
+        try:
+            status, written = await self._answer(chain)
+        except (BadRequest, BlockError, OSError) as error:  # the guest or the disk: quiet
+            log.debug("a request failed: %s", error)
+            status, written = status_of(error), 0
+        except Exception as error:  # noqa: BLE001 - a bug of the disk's, whatever it raises
+            self._report_bug(error)
+            status, written = status_of(error), 0
+        self._complete(queue, chain.token, status, written)
+
+    def _report_bug(self, error: Exception) -> None:
+        if self._bug_log.allows():
+            also = f" ({self._bug_log.suppressed} like it were not logged)" if self._bug_log.suppressed else ""
+            self._bug_log.suppressed = 0
+            log.error("the disk raised %s; the guest gets an I/O error%s", type(error).__name__, also, exc_info=error)
+
+    def _complete(self, queue: Queue, token: int, status: Status, written: int) -> None:
+        # what ends in one turn of the loop is sent together: one used index, one interrupt
+        done = self._done[queue.index]
+        if not done:
+            self._loop.call_soon(self._send, queue)
+        done.append((token, status, written))
+
+    def _send(self, queue: Queue) -> None:
+        done, self._done[queue.index] = self._done[queue.index], []
+        queue.complete(done)
+
+    # -- a request
+
+    async def _answer(self, chain: Chain) -> Outcome:
+        if not chain.answerable:
+            return Status.OK, 0  # there is no byte to say anything in; the chain goes back untouched
+        if not chain.reachable:
+            if chain.without_fd:
+                self._supervisor.memory_not_shared()
+            raise BadRequest(Status.IOERR, "part of the request lies outside the guest memory that can be reached")
+        request = parse(chain.header, chain.readable, chain.writable, self._limits)
+        if isinstance(request, Read):
+            await self._transfer(self._block.read, request.sector, chain.views_out, chain, fill=True)
+            return Status.OK, request.length
+        if isinstance(request, Write):
+            flushable = self._flushable if self._write_cache else None
+            write = self._block.write if flushable is None else flushable.write_cached
+            await self._transfer(write, request.sector, chain.views_in, chain, fill=False)
+            return Status.OK, 0
+        return await self._answer_rare(request, chain)
+
+    async def _answer_rare(self, request: Request, chain: Chain) -> Outcome:
+        if isinstance(request, Flush):
+            # without write-back every completed write is persisted already
+            if self._flushable is not None:
+                await _finished(self._flushable.flush())
+            return Status.OK, 0
+        if isinstance(request, GetId):
+            _scatter(self._serial[: request.length], chain.views_out)
+            return Status.OK, request.length
+        if isinstance(request, Discard):
+            await self._discard(chain)
+        elif isinstance(request, WriteZeroes):
+            await self._write_zeroes(chain)
+        return Status.OK, 0
+
+    async def _discard(self, chain: Chain) -> None:
+        ranges = self._ranges(RequestType.DISCARD, chain)
+        if isinstance(self._block, SupportsDiscard):
+            for sector, sectors, _ in ranges:
+                await _finished(self._block.discard(sector, sectors))
+
+    async def _write_zeroes(self, chain: Chain) -> None:
+        ranges = self._ranges(RequestType.WRITE_ZEROES, chain)
+        if isinstance(self._block, SupportsWriteZeroes):
+            for sector, sectors, unmap in ranges:
+                await _finished(self._block.write_zeroes(sector, sectors, unmap))
+
+    def _ranges(self, kind: RequestType, chain: Chain) -> list[tuple[int, int, bool]]:
+        # the payload is copied once, then validated as a whole: the guest may be changing it
+        payload = b"".join(chain.views_in)
+        limits = dataclasses.replace(self._limits, capacity=self._block.info.size_bytes // SECTOR_SIZE)
+        scale = self._sector_size // SECTOR_SIZE
+        return [(r.sector // scale, r.sectors // scale, r.unmap) for r in parse_ranges(kind, payload, limits)]
+
+    async def _transfer(
+        self,
+        call: Callable[[int, Buffers], Awaitable[None] | None],
+        sector512: int,
+        views: list[memoryview],
+        chain: Chain,
+        *,
+        fill: bool,
+    ) -> None:
+        sector = sector512 * SECTOR_SIZE // self._sector_size
+        if self._fits(views, chain.addresses):
+            await _finished(call(sector, views))
+        else:
+            async with self._bounces:
+                await self._bounce(call, sector, views, fill=fill)
+
+    def _fits(self, views: list[memoryview], addresses: int) -> bool:
+        block = self._block
+        if block.bounce or addresses & (block.buffer_alignment - 1):
+            return False
+        mask = (self._sector_size - 1) | (block.buffer_alignment - 1)
+        return not any(len(view) & mask for view in views)
+
+    async def _bounce(
+        self,
+        call: Callable[[int, Buffers], Awaitable[None] | None],
+        sector: int,
+        views: list[memoryview],
+        *,
+        fill: bool,
+    ) -> None:
+        # the range is checked before the first piece, so that a request is refused whole
+        length = sum(map(len, views))
+        if sector * self._sector_size + length > self._block.info.size_bytes:
+            raise BadRequest(Status.IOERR, "the request reaches past the end of the disk")
+        for piece in _pieces(views, _BOUNCE_CHUNK):
+            size = sum(map(len, piece))
+            buffer = memoryview(mmap.mmap(-1, size))  # page-aligned; freed with the last view of it
+            if not fill:
+                _gather(piece, buffer)
+            await _finished(call(sector, [buffer]))
+            if fill:
+                _scatter(buffer, piece)
+            sector += size // self._sector_size
+
+
+async def _finished(pending: Awaitable[None] | None) -> None:
+    if pending is not None:
+        await pending
+
+
+def _pieces(views: list[memoryview], size: int) -> Iterator[list[memoryview]]:
+    """The views cut into lists of ``size`` bytes each, the last maybe shorter."""
+    piece: list[memoryview] = []
+    room = size
+    for view in views:
+        rest = view
+        while len(rest) >= room:
+            piece.append(rest[:room])
+            yield piece
+            rest, piece, room = rest[room:], [], size
+        if len(rest):
+            piece.append(rest)
+            room -= len(rest)
+    if piece:
+        yield piece
+
+
+def _scatter(data: bytes | memoryview, views: Sequence[memoryview]) -> None:
+    at = 0
+    for view in views:
+        part = data[at : at + len(view)]
+        view[: len(part)] = part
+        at += len(part)
+
+
+def _gather(views: Sequence[memoryview], buffer: memoryview) -> None:
+    at = 0
+    for view in views:
+        buffer[at : at + len(view)] = view
+        at += len(view)
