@@ -336,6 +336,10 @@ class _Queue:
         return not self.enabled and not self.resetting
 
     @property
+    def served(self) -> bool:
+        return self.started and not self.resetting
+
+    @property
     def placed(self) -> bool:
         """Whether every area has an address, suitably aligned."""
         return all(area and not area % align for area, align in zip(self.areas, _AREA_ALIGNMENT, strict=True))
@@ -443,9 +447,8 @@ class Device:
 
     def doorbell(self, index: int) -> list[Effect]:
         """The driver has written the doorbell ``index``; what names no queue that is being served is ignored."""
-        if self.live and index < len(self._queues) and self._queues[index].started:
-            return [Notify(index)]
-        return []
+        served = self.live and index < len(self._queues) and self._queues[index].served
+        return [Notify(index)] if served else []
 
     # --- device configuration space ---
 
