@@ -73,7 +73,7 @@ def libraries(loader: Path, folder: Path, program: Path) -> dict[str, Path]:
     """The libraries a program loads, by the name it loads them under."""
     # fio's engine for Ceph brings a library from a folder of its own; in the guest all lie in one.
     path = ":".join(str(folder / "usr/lib/x86_64-linux-gnu" / place) for place in ("", "ceph"))
-    command = [loader, "--library-path", path, "--list", program]
+    command = [str(loader), "--library-path", path, "--list", str(program)]
     listing = subprocess.run(command, capture_output=True, text=True, check=False)
     if "not found" in listing.stdout or listing.returncode:
         raise SystemExit(f"initramfs: {program.name} lacks libraries: {listing.stdout}{listing.stderr}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 SCRIPTS = Path(__file__).resolve().parent.parent
@@ -138,6 +138,54 @@ class Result:
     console: str
     qemu_log: str
     qemu_status: int
+
+
+class Served:
+    """A running ``vmmblk serve``, to be used as a context manager; it is killed at the end if it still runs.
+
+    ``arguments`` follow ``vmmblk serve --socket SOCKET``. It is listening once the constructor has returned; when it
+    ended instead, RuntimeError has what it said.
+    """
+
+    def __init__(self, socket: Path, *arguments: str, program: Sequence[str] = ("vmmblk",)) -> None:
+        self.socket = socket
+        self._log_file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
+        line = [*program, "serve", "--socket", str(socket), *arguments]
+        self.process = subprocess.Popen(
+            line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log_file, text=True
+        )
+        stdout = cast("IO[str]", self.process.stdout)
+        # It prints once it listens, and is silent from then on.
+        self.first_line = stdout.readline()
+        if not self.first_line:
+            self.process.wait()
+            raise RuntimeError(self.log.strip() or f"vmmblk serve ended with status {self.process.returncode}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._log_file.close()
+
+    @property
+    def log(self) -> str:
+        """What it has written to its standard error so far."""
+        return os.pread(self._log_file.fileno(), 1 << 24, 0).decode(errors="replace")
+
+    def stop(self, timeout: float = 30) -> int:
+        """Ends it with SIGTERM; returns its exit status. Raises subprocess.TimeoutExpired."""
+        self.process.terminate()
+        return self.process.wait(timeout)
+
+    def kill(self) -> None:
+        """Kills it with SIGKILL, if it still runs, and waits for its end."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        cast("IO[str]", self.process.stdout).close()
 
 
 class CommandOutput:
