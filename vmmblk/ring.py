@@ -2,7 +2,7 @@
 
 The life of a queue, told by the loop that serves one::
 
-    queue.clear_kick()                      # the doorbell was heard
+    queue.clear_kick()                      # the kick was heard
     while True:
         chains = queue.pop()                # at most BATCH; doorbells are armed again when the ring ran dry
         for chain in chains:
@@ -17,7 +17,6 @@ Each chain is completed exactly once.  One thread pops; any thread may complete.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from dataclasses import dataclass
@@ -139,13 +138,15 @@ class Queue:
         lib.vmm_queue_set_vector(self._handle, vector)
 
     def kick(self) -> None:
-        """Ring the doorbell."""
+        """Have the queue looked at."""
         os.eventfd_write(self.kick_fd, 1)
 
-    def clear_kick(self) -> None:
-        """The doorbell was heard."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.kick_fd)
+    def clear_kick(self) -> bool:
+        """The kick was heard.  True if the driver's doorbell was among what kicked: one adds 2^32 to the eventfd."""
+        try:
+            return os.eventfd_read(self.kick_fd) >= 1 << 32
+        except BlockingIOError:
+            return False
 
     @property
     def looks_unshared(self) -> bool:

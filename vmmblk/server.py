@@ -252,10 +252,11 @@ class Server:
 
     def reset(self, *, lost: bool) -> None:
         """DEVICE_RESET, or the client is gone: the whole function is as it was at first."""
-        log.info("the client is gone" if lost else "the client reset the device")
-        self._finish_reset(self._pci.reset())
         if lost:
             self._advised = False
+        else:
+            log.info("the client reset the device")
+        self._finish_reset(self._pci.reset())
 
     def dma_map(self, region: Region) -> None:
         """Guest memory appeared."""

@@ -166,10 +166,9 @@ class Worker:
     # -- a queue
 
     def _kicked(self, queue: Queue) -> None:
-        queue.clear_kick()
-        self._serve(queue)
+        self._serve(queue, doorbell=queue.clear_kick())
 
-    def _serve(self, queue: Queue) -> None:
+    def _serve(self, queue: Queue, *, doorbell: bool = False) -> None:
         start = queue.starts
         try:
             chains = queue.pop()
@@ -180,7 +179,7 @@ class Worker:
             self._spawn(self._serve_chain(queue, chain))
         if len(chains) == queue.BATCH:
             self._loop.call_soon(self._serve, queue)
-        elif not chains and queue.looks_unshared:
+        elif doorbell and not chains and queue.looks_unshared:
             self._supervisor.memory_not_shared()
 
     async def _serve_chain(self, queue: Queue, chain: Chain) -> None:

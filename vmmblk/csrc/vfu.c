@@ -18,6 +18,7 @@
 
 #define MAX_QUEUES 64
 #define MAX_REGIONS 256		/* as many as the core maps */
+#define DOORBELL (1ull << 32)	/* what a doorbell adds to the eventfd; kicks of our own add 1 */
 #define LOG_BURST 20		/* messages of the library in a row, then one a second */
 
 struct vmm_vfu {
@@ -84,7 +85,7 @@ static bool doorbell(struct vmm_vfu *v, int region, size_t count, uint64_t offse
 		return false;
 	int fd = atomic_load(&v->kick_fds[queue]);
 	if (fd >= 0)
-		eventfd_write(fd, 1);
+		eventfd_write(fd, DOORBELL);
 	return true;
 }
 
