@@ -470,6 +470,7 @@ def test_window_uses_the_length_of_the_capability() -> None:
 def test_a_window_aimed_at_nothing_reads_zero(bar: int, offset: int, length: int) -> None:
     """HOSTILE-126..130: no access is performed and nothing is raised."""
     function = Function()
+    function.driver.write(CommonCfg.QUEUE_DESC, 2**64 - 1)
     before = function.driver.device.common_read(0, 64)
     function.aim(bar, offset, length)
     assert function.set_config(function.window + 16, 4, 0xFFFFFFFF) == []

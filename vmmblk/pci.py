@@ -330,7 +330,7 @@ class PciFunction:
         bar = self._space.get(self._window + _CAP_BAR, 1)
         offset = self._space.get(self._window + _CAP_OFFSET, 4)
         length = self._space.get(self._window + _CAP_LENGTH, 4)
-        usable = length in {1, 2, 4} and offset % length == 0 and bar in self._structures
+        usable = length in {1, 2, 4} and offset % length == 0
         return bar, offset, length if usable else 0
 
     def _read_window(self) -> None:
