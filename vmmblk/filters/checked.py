@@ -41,7 +41,8 @@ class Checked(Filter):
         self._read_write = info.read_write
         self._connected = True
         self._read = cast("Transfer", below.read)
-        self._write = cast("Transfer", below.write)
+        has_write = type(below).write is not Block.write
+        self._write = cast("Transfer", below.write) if has_write else None
         self._write_cached = cast("Transfer | None", getattr(below, "write_cached", None))
         self._grown: list[Callable[[], None]] = []
         if Operation.RESIZE in super().operations:
@@ -83,7 +84,7 @@ class Checked(Filter):
         if not (self._connected and self._read_write):
             return _fail(self._refusal())
         if write is None:
-            return _fail(Unimplemented("this disk has no write_cached()"))
+            return _fail(Unimplemented("this disk cannot be written like this"))
         if not 0 <= sector_start * self._sector_size <= self._size - length:
             return _fail(self._outside(sector_start, length // self._sector_size))
         return write(sector_start, buffers) if length else _done()

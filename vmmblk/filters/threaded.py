@@ -12,13 +12,14 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
+from vmmblk.block import Block
 from vmmblk.filters.base import OFFSET_METHODS, Filter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from vmmblk.block import Block, Buffers
+    from vmmblk.block import Buffers
 
     Job = tuple[asyncio.AbstractEventLoop, asyncio.Future[Any], Callable[..., Any], tuple[object, ...]]
 
@@ -38,8 +39,9 @@ def asynchronous(block: Block) -> Block:
 
 
 def _plain_methods(block: Block) -> list[str]:
-    present = [name for name in _AWAITED if hasattr(block, name)]
-    return [name for name in present if not inspect.iscoroutinefunction(getattr(block, name))]
+    """The methods of ``block`` itself that are not ``async``; those that every Block inherits block nobody."""
+    own = [name for name in _AWAITED if getattr(type(block), name, None) is not getattr(Block, name, None)]
+    return [name for name in own if not inspect.iscoroutinefunction(getattr(block, name))]
 
 
 class Threaded(Filter):
