@@ -1,1 +1,34 @@
-"""vmmblk: a virtio-blk disk for userspace VMMs, in Python."""
+"""vmmblk: a virtio-blk disk for userspace VMMs, in Python.
+
+What is named here is all that a disk needs; see ``vmmblk.block`` for the contract.
+"""
+
+from vmmblk.block import (
+    Block,
+    BlockInfo,
+    Buffers,
+    SupportsDiscard,
+    SupportsFlush,
+    SupportsIdentify,
+    SupportsResize,
+    SupportsWriteZeroes,
+    Topology,
+)
+from vmmblk.errors import BlockError, Disconnected, IsReadOnly, Unimplemented, Unknown
+
+__all__ = [
+    "Block",
+    "BlockError",
+    "BlockInfo",
+    "Buffers",
+    "Disconnected",
+    "IsReadOnly",
+    "SupportsDiscard",
+    "SupportsFlush",
+    "SupportsIdentify",
+    "SupportsResize",
+    "SupportsWriteZeroes",
+    "Topology",
+    "Unimplemented",
+    "Unknown",
+]
