@@ -27,7 +27,7 @@ from vmmblk.pci import (
     PciFunction,
     PlainIsr,
 )
-from vmmblk.spec import BLK_CONFIG_SIZE, BlkConfig, CommonCfg, PciCapType
+from vmmblk.spec import BLK_CONFIG_SIZE, NO_VECTOR, BlkConfig, CommonCfg, PciCapType
 
 COMMAND, STATUS, INTERRUPT_LINE = 0x04, 0x06, 0x3C
 VENDOR, MSIX = 0x09, 0x11
@@ -449,8 +449,9 @@ def test_window_uses_the_length_of_the_capability() -> None:
     """PCI-095, PCI-096: of the data written the first cap.length bytes count, and of those read likewise."""
     function = Function()
     function.aim(VIRTIO_BAR, CommonCfg.QUEUE_SIZE, 2)
-    function.set_config(function.window + 16, 4, 0xFFFF0040)
+    function.set_config(function.window + 16, 4, 0x0001_0040)
     assert function.driver.read(CommonCfg.QUEUE_SIZE) == 64
+    assert function.driver.read(CommonCfg.QUEUE_MSIX_VECTOR) == NO_VECTOR
     assert function.config(function.window + 16, 4) == 64
 
 
