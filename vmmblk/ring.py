@@ -12,7 +12,7 @@ The life of a queue, told by the loop that serves one::
         if len(chains) < queue.BATCH:
             break                           # a doorbell will come
 
-Each chain is completed exactly once.  One thread pops; any thread may complete.
+Each chain is completed exactly once.  One thread, the queue's own, pops and completes.
 """
 
 from __future__ import annotations
