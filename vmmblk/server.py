@@ -112,16 +112,20 @@ class DrainBudget:
 class Server:
     """A virtio-blk device on the UNIX socket ``socket``, its disk ``block`` (prepared by ``filters.prepare``).
 
-    The server owns the block from ``start`` on and disconnects it in ``stop``.
+    The server owns the block from ``start`` on and disconnects it in ``stop``.  Raises: ConfigError for options that
+    no device can have.
     """
 
     def __init__(self, socket: Path, block: Block, options: ServerOptions) -> None:
         self._path = socket
         self._block = block
         info = block.info
-        self._config = configure(
-            info, operations(block), block.topology, queue_size=options.queue_size, cache=options.cache
-        )
+        try:
+            self._config = configure(
+                info, operations(block), block.topology, queue_size=options.queue_size, cache=options.cache
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._core = Core(self._config.queues, self._config.queue_size)
         self._queues = [Queue(self._core, index) for index in range(self._config.queues)]
         self._device = Device(self._config)
