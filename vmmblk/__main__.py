@@ -1,0 +1,5 @@
+"""``python -m vmmblk`` is the ``vmmblk`` command."""
+
+from vmmblk.cli import main
+
+main()

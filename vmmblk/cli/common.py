@@ -1,0 +1,164 @@
+"""What ``serve`` and ``run`` share: their options, signals, and bringing a server up and down."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from vmmblk.spec import QUEUE_SIZE_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from typing import Literal, TypeVar
+
+    from vmmblk.server import Server
+
+    Command = TypeVar("Command", bound=Callable[..., object])
+
+__all__ = ["DiskOptions", "Signals", "disk_options", "leave", "say", "stop"]
+
+POLL_SECONDS = 0.5
+"""How soon a server that failed is noticed."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskOptions:
+    """The options that tell what is served and how."""
+
+    read_only: bool
+    block_size: str | None
+    serial: str
+    queue_size: int
+    cache: Literal["writeback", "writethrough"]
+    no_lock: bool
+    stop_timeout: float
+    bootindex: int | None
+    log_level: str
+
+    def server(self, socket_path: Path, disk: str, parameters: tuple[str, ...]) -> Server:
+        """Open the disk and make a server for it, not started yet.  Raises: ConfigError."""
+        logging.basicConfig(format="vmmblk: %(levelname)s: %(message)s", level=self.log_level.upper())
+        from vmmblk.config import open_disk
+        from vmmblk.server import Server, ServerOptions
+
+        block = open_disk(
+            disk,
+            parameters,
+            read_only=self.read_only,
+            block_size=None if self.block_size is None else int(self.block_size),
+            lock=not self.no_lock,
+        )
+        options = ServerOptions(serial=self.serial, queue_size=self.queue_size, cache=self.cache)
+        return Server(socket_path, block, options)
+
+
+def disk_options(command: Command) -> Command:
+    """Add the options of :class:`DiskOptions` to a command, which receives them as keyword arguments."""
+    options = [
+        click.option("--read-only", is_flag=True, help="Let the guest read only."),
+        click.option("--block-size", type=click.Choice(["512", "4096"]), help="Bytes per sector (512)."),
+        click.option("--serial", default="", callback=_serial, help="Serial number: 20 ASCII characters at most."),
+        click.option("--queue-size", default=256, callback=_queue_size, help="Requests in the ring; a power of two."),
+        click.option(
+            "--cache",
+            type=click.Choice(["writeback", "writethrough"]),
+            default="writeback",
+            help="Whether writes may wait for the guest's flush (writeback), if the disk can.",
+        ),
+        click.option("--no-lock", is_flag=True, help="Do not lock the image file."),
+        click.option(
+            "--stop-timeout",
+            type=click.FloatRange(min=0),
+            default=10,
+            help="Seconds that the disk gets to finish at the end.",
+        ),
+        click.option("--bootindex", type=click.IntRange(min=0), help="Place in the guest's boot order."),
+        click.option(
+            "--log-level",
+            type=click.Choice(["debug", "info", "warning", "error"]),
+            default="warning",
+            help="What to log.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _serial(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not value.isascii() or not (value == "" or value.isprintable()) or len(value) > 20:
+        raise click.BadParameter("use at most 20 printable ASCII characters")
+    return value
+
+
+def _queue_size(_context: click.Context, _parameter: click.Parameter, value: int) -> int:
+    if not 4 <= value <= QUEUE_SIZE_MAX or value & (value - 1):
+        raise click.BadParameter(f"use a power of two from 4 to {QUEUE_SIZE_MAX}")
+    return value
+
+
+def say(message: str) -> None:
+    """One line for the user, on standard error."""
+    click.echo(f"vmmblk: {message}", err=True)
+
+
+class Signals:
+    """The signals that arrived, for a main thread that waits for them.
+
+    Handlers and a wake-up descriptor rather than a blocked mask: a child would inherit the mask.
+    """
+
+    def __init__(self, waker: socket.socket) -> None:
+        self._waker = waker
+
+    @classmethod
+    @contextlib.contextmanager
+    def caught(cls, *numbers: signal.Signals) -> Iterator[Signals]:
+        """Catch ``numbers`` instead of dying of them; afterwards everything is as it was."""
+        reader, writer = socket.socketpair()
+        with reader, writer:
+            reader.settimeout(0)
+            writer.settimeout(0)
+            handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+            descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+            try:
+                yield cls(reader)
+            finally:
+                signal.set_wakeup_fd(descriptor)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+
+    def wait(self, seconds: float) -> list[signal.Signals]:
+        """The signals that have arrived, waiting for the first at most ``seconds``."""
+        select.select([self._waker], [], [], seconds)
+        try:
+            return [signal.Signals(number) for number in self._waker.recv(64)]
+        except BlockingIOError:
+            return []
+
+
+def stop(server: Server, timeout: float) -> bool:
+    """Stop the server; False, and a word to the user, if the disk hung for ``timeout`` seconds."""
+    stopped: bool = server.stop(timeout)
+    if not stopped:
+        say(f"error: the disk did not finish within {timeout:g} s; what was not flushed may be lost")
+    return stopped
+
+
+def leave(status: int, *, stopped: bool) -> int:
+    """The exit status to return; if the disk hangs the process ends right here instead, with status 1."""
+    if stopped:
+        return status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # an ordinary exit would wait for the threads that wait for the disk
