@@ -108,16 +108,16 @@ def test_memory_is_sparse_and_gives_discarded_pages_back() -> None:
 
 def test_memory_discard_frees_memory() -> None:
     """After a discard of everything the process is as small as before."""
-    disk = Memory((64 << 20) // 512)
+    disk = Memory((16 << 20) // 512)
 
     def resident() -> int:
         with open("/proc/self/statm") as statm:  # noqa: PTH123
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
-    asyncio.run(disk.write(0, views(64 << 20)))
+    asyncio.run(disk.write(0, views(16 << 20)))
     full = resident()
     asyncio.run(disk.discard(0, disk.info.size_sectors))
-    assert full - resident() > 48 << 20
+    assert full - resident() > 12 << 20
     asyncio.run(disk.disconnect())
 
 
@@ -154,7 +154,7 @@ def test_file_handles_more_buffers_than_one_call_takes(image: Path) -> None:
         assert target == source
 
 
-@pytest.mark.parametrize("step", [1, 511, 700, 5000])
+@pytest.mark.parametrize("step", [100, 511, 700, 5000])
 def test_file_continues_after_short_transfers(image: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """However little a system call transfers, the rest follows at the right place."""
     real = {"preadv": os.preadv, "pwritev": os.pwritev}
