@@ -102,6 +102,9 @@ private_apt() {
     archive=$(debian_archive)
     [[ -n $archive ]] || die "no Debian archive in this machine's apt sources: add one for 'main' and try again"
     mkdir -p "$folder"/{state/lists/partial,cache/archives/partial}
+    # Scripts that run at the same time share the lists; apt itself would fail rather than wait.
+    exec {apt_lock_fd}>"$folder/lock"
+    flock "$apt_lock_fd"
     : >"$folder/status"
     for suite; do
         echo "$type [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive $suite main"
