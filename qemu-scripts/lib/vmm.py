@@ -279,6 +279,8 @@ class Guest:
     def wait(self, timeout: float) -> Result:
         """Waits for QEMU's end, at most timeout seconds; then it is killed."""
         ended = self._read(time.monotonic() + timeout, until=None)
+        if ended:
+            self.process.wait()  # it closes its output before it has quite ended, and then with a status of its own
         self.kill()
         status = self._output.status
         if status is None:
