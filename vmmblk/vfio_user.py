@@ -4,7 +4,7 @@ libvfio-user is single-threaded, so one thread makes every call on it.  That thr
 does block I/O: QEMU gives a reply five seconds, and after a late one the stream is lost.  It polls
 
 * the listening socket, also while a client is connected: a second one is accepted and closed at once, where it would
-  otherwise hang in the backlog;
+  otherwise hang in the backlog.  When the first has hung up the second does wait there, until that is dealt with;
 * the connection, unless a message waits for the device to be quiescent: then the library reads nothing more;
 * an eventfd of its own, for calls from other threads, and the core's *drained* eventfd.
 
@@ -205,8 +205,10 @@ class Transport:
 
     def _wait(self) -> list[int]:
         poll = select.poll()
-        for fd in (self._wake, self._handler.drained_fd, self._listener.fileno()):
+        for fd in (self._wake, self._handler.drained_fd):
             poll.register(fd, select.POLLIN)
+        if not (self._pending and self._hung_up()):
+            poll.register(self._listener, select.POLLIN)
         if self._connected and not self._pending:
             poll.register(lib.vmm_vfu_poll_fd(self._vfu), select.POLLIN)
         deadline = self._handler.deadline()
@@ -216,6 +218,12 @@ class Transport:
     @property
     def _connected(self) -> bool:
         return bool(lib.vmm_vfu_poll_fd(self._vfu) != lib.vmm_vfu_listen_fd(self._vfu))
+
+    def _hung_up(self) -> bool:
+        """Whether there is a connection with nobody at the other end, so that the next client may wait for its end."""
+        poll = select.poll()
+        poll.register(lib.vmm_vfu_poll_fd(self._vfu), 0)
+        return self._connected and any(events & select.POLLHUP for _, events in poll.poll(0))
 
     def _run_calls(self) -> None:
         os.eventfd_read(self._wake)
@@ -229,6 +237,8 @@ class Transport:
                 log.info("a client connected")
             elif result != -errno.EAGAIN:
                 log.warning("a client was refused: %s", os.strerror(-result))
+            return
+        if self._hung_up():
             return
         with contextlib.suppress(BlockingIOError, ConnectionError):
             self._listener.accept()[0].close()
