@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _SCRIPTS = Path(__file__).resolve().parent.parent / "qemu-scripts"
 sys.path.insert(0, str(_SCRIPTS / "lib"))
@@ -17,6 +21,7 @@ sys.path.insert(0, str(_SCRIPTS / "lib"))
 from vmm import NO_STATUS, TIMED_OUT, Guest, Result, Served, Setup, vfio_user_device  # noqa: E402
 
 __all__ = [
+    "MIB",
     "NO_STATUS",
     "TIMED_OUT",
     "VMMBLK",
@@ -25,11 +30,15 @@ __all__ = [
     "Served",
     "Setup",
     "boot",
+    "fio",
     "make_boot_disk",
+    "make_image",
     "serve",
     "vfio_user_device",
+    "wait_until",
 ]
 
+MIB = 1 << 20
 VMMBLK = (sys.executable, "-m", "vmmblk")
 
 
@@ -55,3 +64,28 @@ def boot(command: str, *arguments: str, timeout: float = 120, **setup: Any) -> R
 def make_boot_disk(path: Path) -> None:
     """Makes a raw image that SeaBIOS and OVMF can boot; see qemu-scripts/make-boot-disk."""
     subprocess.run([_SCRIPTS / "make-boot-disk", path], check=True)
+
+
+def make_image(path: Path, size: int) -> Path:
+    """Makes a sparse image of ``size`` bytes; returns its path."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+def fio(rw: str, bs: str, size: str, *, offset: str = "0") -> str:
+    """The guest's command that writes to /dev/vda, 32 deep with a flush now and then, and verifies every block."""
+    return (
+        f"fio --name=verify --filename=/dev/vda --direct=1 --ioengine=io_uring --iodepth=32 --rw={rw} --bs={bs}"
+        f" --size={size} --offset={offset} --fsync=64 --verify=crc32c --verify_fatal=1 --eta=never --output=/tmp/fio"
+        " || { cat /tmp/fio; exit 1; }"
+    )
+
+
+def wait_until(happened: Callable[[], bool], what: str, timeout: float = 60) -> None:
+    """Waits for something that can only be looked at again and again, as a line in a log. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout
+    while not happened():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not happen within {timeout:g} s")
+        time.sleep(0.02)
