@@ -11,9 +11,8 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cffi import FFI
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -34,8 +33,7 @@ class MissingLibrary(Exception):
     """libvfio-user was not found; the message says what to run."""
 
 
-@dataclass(frozen=True)
-class Library:
+class Library(NamedTuple):  # not a dataclass: hatchling runs this file without making it a module
     """Where libvfio-user is: its header's folder and what the linker is given."""
 
     include: Path
