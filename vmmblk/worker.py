@@ -34,6 +34,10 @@ log = logging.getLogger("vmmblk.worker")
 _BOUNCE_CHUNK = 1 << 20  # bytes of a bounced request that are in private memory at a time
 _BOUNCES = 32  # requests that bounce at a time
 
+# What only a bug in a disk lets out.  Nobody cancels a task here, so CancelledError is one as well, and a disk that
+# exits must not take the event loop with it.
+_BUGS = (Exception, asyncio.CancelledError, SystemExit)
+
 Outcome = tuple[Status, int]
 """Status, and how many leading bytes of the device-writable data were written."""
 
@@ -146,17 +150,11 @@ class Worker:
             await asyncio.wait(self._tasks)
         await asyncio.sleep(0)  # completions of the last tasks are sent in a turn of their own
         await self._flush_quietly()
-        try:
-            await _finished(self._block.disconnect())
-        except (BlockError, OSError) as error:
-            log.error("disconnecting the disk failed: %s", error)
+        await _attempt("disconnecting", self._block.disconnect)
 
     async def _flush_quietly(self) -> None:
-        try:
-            if self._flushable is not None:
-                await _finished(self._flushable.flush())
-        except (BlockError, OSError) as error:
-            log.error("flushing the disk failed: %s", error)
+        if self._flushable is not None:
+            await _attempt("flushing", self._flushable.flush)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = self._loop.create_task(coroutine)
@@ -188,12 +186,12 @@ class Worker:
         except (BadRequest, BlockError, OSError) as error:  # the guest or the disk: quiet
             log.debug("a request failed: %s", error)
             status, written = status_of(error), 0
-        except Exception as error:  # noqa: BLE001 - a bug of the disk's, whatever it raises
+        except _BUGS as error:
             self._report_bug(error)
             status, written = status_of(error), 0
         self._complete(queue, chain.token, status, written)
 
-    def _report_bug(self, error: Exception) -> None:
+    def _report_bug(self, error: BaseException) -> None:
         if self._bug_log.allows():
             also = f" ({self._bug_log.suppressed} like it were not logged)" if self._bug_log.suppressed else ""
             self._bug_log.suppressed = 0
@@ -308,6 +306,16 @@ class Worker:
             if fill:
                 _scatter(buffer, piece)
             sector += size // self._sector_size
+
+
+async def _attempt(what: str, call: Callable[[], Awaitable[None] | None]) -> None:
+    """Make a call of the disk that no request waits for; whatever it raises is only logged."""
+    try:
+        await _finished(call())
+    except (BlockError, OSError) as error:
+        log.error("%s the disk failed: %s", what, error)
+    except _BUGS as error:
+        log.error("%s the disk failed: it raised %s", what, type(error).__name__, exc_info=error)
 
 
 async def _finished(pending: Awaitable[None] | None) -> None:
