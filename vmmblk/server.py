@@ -422,6 +422,7 @@ class Server:
                 log.error("%d requests have not ended and hold guest memory: the connection is closed", busy)
                 self._drop()
             return
+        self._budget.end(time.monotonic())
         log.warning("%d requests have not ended within %g s: their memory is taken back", busy, DRAIN_LIMIT)
         try:
             self._core.orphan()
