@@ -98,11 +98,12 @@ def test_null_reads_zeroes_whatever_was_written() -> None:
 def test_memory_is_sparse_and_gives_discarded_pages_back() -> None:
     """A terabyte costs nothing; discarded sectors read as zeroes."""
     disk = Memory((1 << 40) // 512)
-    asyncio.run(disk.write(8, views(16 * 512)))
-    asyncio.run(disk.discard(9, 14))
-    target = views(16 * 512)
-    asyncio.run(disk.read(8, target))
-    assert target[0] == bytes([0x5A]) * 512 + bytes(14 * 512) + bytes([0x5A]) * 512
+    for discarded in (3, 30):  # within one page, and with whole pages in between
+        asyncio.run(disk.write(8, views(40 * 512)))
+        asyncio.run(disk.discard(9, discarded))
+        target = views(40 * 512)
+        asyncio.run(disk.read(8, target))
+        assert target[0] == b"Z" * 512 + bytes(discarded * 512) + b"Z" * ((39 - discarded) * 512)
     asyncio.run(disk.disconnect())
 
 
