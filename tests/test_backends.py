@@ -40,6 +40,20 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def device(image: Path) -> Iterator[Path]:
+    """A block device: a loop device over the image."""
+    sudo = [] if os.getuid() == 0 else ["sudo", "-n"]
+    losetup = [*sudo, "/usr/sbin/losetup"]
+    found = subprocess.run([*losetup, "--find", "--show", image], check=True, capture_output=True, text=True)
+    path = type(image)(found.stdout.strip())
+    try:
+        subprocess.run([*sudo, "chown", str(os.getuid()), path], check=True)
+        yield path
+    finally:
+        subprocess.run([*losetup, "--detach", path], check=True)
+
+
 @contextmanager
 def opened(path: Path, **options: object) -> Iterator[File]:
     """A file disk that is closed at the end."""
@@ -71,6 +85,40 @@ def test_null_keeps_the_contract_except_the_data(sector_size: int) -> None:
 def test_file_keeps_the_contract(image: Path, options: dict[str, object]) -> None:
     """check_block holds for a file, and what was written is there when it is opened again."""
     asyncio.run(check_block(lambda: File(image, **options), persistent=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"sector_size": 4096}, {"read_only": True}])
+def test_block_device_keeps_the_contract(device: Path, options: dict[str, object]) -> None:
+    """check_block holds for a block device, discard and zeroes among it."""
+    asyncio.run(check_block(lambda: File(device, **options), persistent=True))
+
+
+def test_block_device_tells_its_size_and_what_it_needs(device: Path, image: Path) -> None:
+    """Size, physical block size and alignment for direct I/O are the device's own."""
+    with opened(device, direct=True) as disk:
+        assert disk.info.size_bytes == image.stat().st_size
+        assert disk.topology.physical_block_size == disk.buffer_alignment == 512
+
+
+def test_block_device_in_use_is_refused(device: Path) -> None:
+    """As a mounted one is: somebody has it exclusively."""
+    holder = os.open(device, os.O_RDONLY | os.O_EXCL)
+    try:
+        with pytest.raises(ConfigError, match="unmount it, or use --no-lock"):
+            File(device)
+        with opened(device, lock=False):
+            pass
+    finally:
+        os.close(holder)
+
+
+def test_block_device_discard_reaches_the_device(device: Path, image: Path) -> None:
+    """What the loop device discards is a hole in its image."""
+    with opened(device) as disk:
+        disk.write(0, views(64 * 4096))
+        full = image.stat().st_blocks
+        disk.discard(0, disk.info.size_sectors)
+        assert image.stat().st_blocks < full
 
 
 def test_file_on_tmpfs_keeps_the_contract() -> None:
