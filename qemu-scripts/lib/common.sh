@@ -85,11 +85,18 @@ need() {
     fi
 }
 
-# debian_archive: the address of the Debian archive this machine itself uses, from its own apt sources. The origin
-# is known once the machine's lists are there; on a machine without lists the release names must do.
+# debian_archive: the address of the Debian archive that this machine itself uses, from its own apt sources. Whose
+# archive it is stands in the machine's package lists; where there are none yet, Debian's is the one that has the
+# updates of a release beside the release, or else the first.
 debian_archive() {
-    apt-get indextargets --format "\$(REPO_URI)|\$(ORIGIN)|\$(RELEASE)|\$(COMPONENT)" |
-        awk -F'|' '$4 == "main" && $3 !~ /security/ && ($2 == "Debian" || $2 ~ /^\$/ || $2 == "") { print $1; exit }'
+    local archive
+    archive=$(apt-get indextargets --format "\$(REPO_URI)|\$(ORIGIN)|\$(RELEASE)|\$(COMPONENT)" |
+        awk -F'|' '$4 == "main" && $3 !~ /security/ && $2 == "Debian" { print $1; exit }')
+    [[ -n $archive ]] || archive=$(apt-get update --print-uris |
+        sed -n "s|^'\(.*\)/dists/\([^/]*\)/InRelease'.*|\1 \2|p" |
+        awk '$2 ~ /security/ { next } $2 ~ /-updates$/ { print $1; found = 1; exit } !first { first = $1 }
+             END { if (!found && first) print first }')
+    echo "$archive"
 }
 
 # private_apt NAME TYPE SUITE...: sets the array apt to an apt-get with sources, lists and package status of its
