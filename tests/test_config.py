@@ -239,7 +239,7 @@ def test_the_traceback_of_a_user_disk_is_in_the_debug_log(tmp_path: Path, caplog
     """The line says how to see it."""
     path = tmp_path / "disk.py"
     path.write_text(f"from vmmblk import Block\nclass Disk(Block):\n {READ}\n def __init__(self): 1 / 0\n")
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="vmmblk"):
         assert "--log-level debug" in refusal(path)
     assert "in __init__" in caplog.text
 

@@ -33,7 +33,7 @@ _SPAN = 8
 """Sectors that a disk needs at least to be checked."""
 
 
-class CheckFailed(AssertionError):  # noqa: N818 - what happened, like the other exceptions
+class CheckFailed(AssertionError):
     """A disk breaks the contract; the message says which sentence."""
 
 

@@ -285,7 +285,7 @@ def _fallocate(fd: int, mode: int, start: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _libc() -> Any:  # noqa: ANN401 - ctypes has no better type
+def _libc() -> Any:
     return ctypes.CDLL(None, use_errno=True)
 
 
