@@ -124,7 +124,7 @@ def test_an_ext4_file_system_survives_and_mounts_read_only(tmp_path: Path) -> No
 
 
 def test_discard_and_write_zeroes_reach_the_file(tmp_path: Path) -> None:
-    """blkdiscard makes the sparse file smaller, blkdiscard -z zeroes; what lies beside them stays."""
+    """A blkdiscard makes the sparse file smaller, blkdiscard -z zeroes; what lies beside them stays."""
     image = make_image(tmp_path / "disk.img", SIZE)
     command = """set -e
         tr '\\0' x </dev/zero | dd of=/dev/vda bs=1M count=32 iflag=fullblock oflag=direct
