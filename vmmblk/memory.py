@@ -142,6 +142,7 @@ class Core:
         Reads in flight land nowhere, writes in flight send what they were given, and no queue pops before the last of
         them has ended.  Raises: OSError if some memory could not be taken back; the chains are orphans all the same.
         """
+        self._forget_retired()  # a guest can get here again and again without a map or unmap
         count = ffi.new("int *")
         error = lib.vmm_device_orphan(self.handle, self._fresh, count)
         for i in range(count[0]):
