@@ -168,7 +168,10 @@ class Placed(NamedTuple):
 def submit_at(
     driver: VirtioBlk, request_type: RequestType, sector: int, pieces: Sequence[tuple[int, int]], page: int
 ) -> Placed:
-    """Offer a request whose data lies in ``pieces`` (IOVA, length), its header and status in ``page``; then kick."""
+    """Offer a request whose data lies in ``pieces`` (IOVA, length), its header and status in ``page``.
+
+    The caller kicks.
+    """
     poke(driver.memory, page, REQUEST_HEADER.pack(request_type, 0, sector))
     status = page + REQUEST_HEADER.size
     poke(driver.memory, status, b"\xff")
@@ -180,7 +183,6 @@ def submit_at(
             Descriptor(status, 1, DescFlag.WRITE),
         ]
     )
-    driver.kick(force=True)
     return Placed(pending, status)
 
 

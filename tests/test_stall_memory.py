@@ -1,0 +1,313 @@
+"""I/O that ends after guest memory was taken back: it changes nothing in the guest, and stores nothing but its own."""
+
+from __future__ import annotations
+
+import functools
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from stalls import KINDS, Placed, Stalling, changed, pages_of, scatter, snapshot, submit_at
+
+from vmmblk.client.driver import VirtioBlk, attach
+from vmmblk.client.memory import PAGE, GuestMemory, Range
+from vmmblk.server import DrainBudget
+from vmmblk.spec import RequestType, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from conftest import Logs, Served
+
+    from vmmblk.block import Buffers
+
+    Serve = Callable[..., Served]
+    Pieces = Sequence[tuple[int, int]]
+    Act = Callable[[VirtioBlk], None]
+
+MIB = 1 << 20
+BORDER = 2 * MIB
+LAYOUT = (Range(0, 2 * MIB), Range(BORDER, 2 * MIB), Range(16 * MIB, 2 * MIB))
+HERE, THERE = MIB, 17 * MIB  # far from what the allocator hands out
+CONTROL = HERE + (MIB >> 1)  # where headers and status bytes lie
+
+PIECES: dict[str, Pieces] = {
+    "one piece": [(HERE, 4096)],
+    "several pieces": [(HERE, 512), (HERE + 0x3000, 1024), (HERE + 0x1000, 2048)],
+    "several regions": [(BORDER - 1024, 2048), (THERE, 1024), (HERE, 512)],
+    "in one region twice": [(HERE, 1024), (THERE, 512), (HERE + 2048, 1024)],
+    "bounced": [(HERE, 100), (HERE + 0x2000, 412)],
+    "bounced over regions": [(BORDER - 100, 412), (THERE + 1, 100)],
+}
+every_shape = pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def device_reset(driver: VirtioBlk) -> None:
+    """DEVICE_RESET."""
+    driver.connection.device_reset()
+
+
+def status_reset(driver: VirtioBlk) -> None:
+    """The driver's own reset."""
+    driver.device.reset()
+
+
+def queue_reset(driver: VirtioBlk) -> None:
+    """The driver resets the queue."""
+    driver.device.reset_queue(0)
+
+
+def remap(driver: VirtioBlk) -> None:
+    """All memory goes and comes back."""
+    driver.memory.unmap_all(driver.connection)
+    driver.memory.map_all(driver.connection)
+
+
+ACTS = {each.__name__: each for each in (device_reset, status_reset, queue_reset, remap)}
+every_act = pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    """Memory of three regions, two of which touch."""
+    with GuestMemory(6 * MIB, LAYOUT) as memory:
+        yield memory
+
+
+@pytest.fixture(autouse=True)
+def _orphans(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests in flight get 0.2 s only: what counts here is what happens then."""
+    logs.allow("their memory is taken back")
+    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, 0.2))
+
+
+def some_bytes(pieces: Pieces, start: int = 0) -> bytes:
+    """As many bytes as the pieces have, no two sectors of them alike."""
+    return b"".join((start + i).to_bytes(4, "little") for i in range(sum(length for _, length in pieces) // 4))
+
+
+def whole(pieces: Pieces) -> int:
+    """Their length, bytes."""
+    return sum(length for _, length in pieces)
+
+
+def barrier(driver: VirtioBlk, disk: Stalling) -> set[int]:
+    """Let the disk go on, and serve one new request, which waits for every orphan; the pages that may have changed."""
+    driver.init()
+    pending = driver.submit(RequestType.IN, 1000, data_in=512)
+    mine = pages_of(driver, [pending])
+    driver.kick()
+    disk.release()
+    driver.wait(pending).result()
+    return mine
+
+
+@every_act
+@every_shape
+def test_a_late_write_stores_its_own_data(act: Act, pieces: Pieces, serve: Serve, memory: GuestMemory) -> None:
+    """Whatever the guest puts into the buffer after its reset, the disk gets what was there before."""
+    disk = KINDS["plain"]()
+    data = some_bytes(pieces)
+    with attach(serve(disk).path, memory=memory) as driver, disk.held():
+        scatter(memory, pieces, data)
+        submit_at(driver, RequestType.OUT, 40, pieces, CONTROL)
+        driver.kick()
+        disk.wait("began")
+        act(driver)
+        scatter(memory, pieces, b"\xee" * len(data))
+        barrier(driver, disk)
+    assert bytes(disk.data[40 * 512 : 40 * 512 + len(data)]) == data
+    assert disk.journal[:2] == [("began", "write", 40), ("ended", "write", 40)]
+
+
+@every_act
+@every_shape
+def test_a_late_read_lands_nowhere(act: Act, pieces: Pieces, serve: Serve, memory: GuestMemory) -> None:
+    """After a reset no byte of guest memory changes on behalf of a request from before."""
+    disk = KINDS["plain"]()
+    with attach(serve(disk).path, memory=memory) as driver, disk.held():
+        submit_at(driver, RequestType.IN, 40, pieces, CONTROL)
+        driver.kick()
+        disk.wait("began")
+        act(driver)
+        scatter(memory, pieces, b"\xee" * whole(pieces))
+        before = snapshot(memory)
+        mine = barrier(driver, disk)
+        assert changed(memory, before) <= mine
+    assert disk.journal[:2] == [("began", "read", 40), ("ended", "read", 40)]
+
+
+@every_kind
+@pytest.mark.parametrize("request_type", [RequestType.IN, RequestType.OUT])
+def test_every_kind_of_stall_ends_harmlessly(
+    kind: str, request_type: RequestType, serve: Serve, memory: GuestMemory
+) -> None:
+    """Late reads and writes of each kind of disk, some begun and some only queued, stay apart from the guest."""
+    disk = KINDS[kind]()
+    requests = [[(HERE + i * PAGE, 1024)] for i in range(24)]
+    with attach(serve(disk).path, memory=memory) as driver, disk.held():
+        for i, pieces in enumerate(requests):
+            scatter(memory, pieces, some_bytes(pieces, 1000 * i))
+            submit_at(driver, request_type, 2 * i, pieces, CONTROL + i * PAGE)
+        driver.kick()
+        disk.wait("began")
+        driver.connection.device_reset()
+        for pieces in requests:
+            scatter(memory, pieces, b"\xee" * 1024)
+        before = snapshot(memory)
+        mine = barrier(driver, disk)
+        assert changed(memory, before) <= mine
+    ended = {sector // 2 for event, call, sector in disk.journal if (event, call) == ("ended", "write")}
+    assert len(ended) == (24 if request_type is RequestType.OUT else 0)
+    for i in ended:
+        assert bytes(disk.data[1024 * i : 1024 * (i + 1)]) == some_bytes(requests[i], 1000 * i)
+
+
+def test_late_writes_may_share_their_buffer(serve: Serve, memory: GuestMemory) -> None:
+    """Writes from the same and from overlapping pages each bring what was there."""
+    disk = KINDS["plain"]()
+    requests = [[(HERE, 2048)], [(HERE, 2048)], [(HERE + 1024, 2048)], [(HERE + 512, 512), (HERE, 512)]]
+    memory.write(HERE, some_bytes([(HERE, 4096)]))
+    expected = [b"".join(memory.read(*piece) for piece in pieces) for pieces in requests]
+    with attach(serve(disk).path, memory=memory) as driver, disk.held():
+        for i, pieces in enumerate(requests):
+            submit_at(driver, RequestType.OUT, 8 * i, pieces, CONTROL + i * PAGE)
+        driver.kick()
+        disk.wait("began", len(requests))
+        driver.connection.device_reset()
+        memory.write(HERE, b"\xee" * 4096)
+        barrier(driver, disk)
+    assert [bytes(disk.data[i * 4096 : i * 4096 + len(data)]) for i, data in enumerate(expected)] == expected
+
+
+def test_a_late_read_does_not_show_in_a_late_write(serve: Serve, memory: GuestMemory) -> None:
+    """What a guest asked to be read into a page that it also writes from is the guest's own doing, and no crash."""
+    disk = KINDS["plain"]()
+    memory.write(HERE, some_bytes([(HERE, 4096)]))
+    with attach(serve(disk).path, memory=memory) as driver, disk.held():
+        submit_at(driver, RequestType.OUT, 0, [(HERE, 1024)], CONTROL)
+        submit_at(driver, RequestType.IN, 8, [(HERE + 1024, 1024)], CONTROL + PAGE)
+        driver.kick()
+        disk.wait("began", 2)
+        driver.connection.device_reset()
+        memory.write(HERE, b"\xee" * 4096)
+        before = snapshot(memory)
+        assert changed(memory, before) <= barrier(driver, disk)
+    assert bytes(disk.data[:1024]) == some_bytes([(HERE, 1024)])
+
+
+@every_shape
+def test_an_orphan_of_a_live_queue_touches_only_its_status(pieces: Pieces, serve: Serve, memory: GuestMemory) -> None:
+    """A read whose memory was remapped ends with IOERR and a used length of 1, its buffer as the guest left it."""
+    disk = KINDS["plain"]()
+    with attach(serve(disk).path, memory=memory) as driver, disk.held():
+        placed = submit_at(driver, RequestType.IN, 40, pieces, CONTROL)
+        driver.kick()
+        disk.wait("began")
+        remap(driver)
+        scatter(memory, pieces, b"\xee" * whole(pieces))
+        before = snapshot(memory)
+        disk.release()
+        driver.wait(placed.pending)
+        assert memory.read(placed.status, 1)[0] == Status.IOERR
+        assert changed(memory, before) <= {CONTROL, *pages_of(driver, [])}
+        assert driver.queues[0].used_idx == 1
+
+
+def test_a_region_that_stays_away_is_not_touched(serve: Serve, memory: GuestMemory) -> None:
+    """When only the buffer's region was unmapped, for good, a late read does not land in what was behind it."""
+    disk = KINDS["plain"]()
+    away = LAYOUT[2]
+    with attach(serve(disk).path, memory=memory) as driver, disk.held():
+        placed = submit_at(driver, RequestType.IN, 40, [(THERE, 4096)], CONTROL)
+        driver.kick()
+        disk.wait("began")
+        memory.unmap(driver.connection, *away)
+        before = snapshot(memory)
+        disk.release()
+        driver.wait(placed.pending)
+        assert memory.read(placed.status, 1)[0] == Status.IOERR
+        assert changed(memory, before) <= {CONTROL, *pages_of(driver, [])}
+
+
+class Hoarder(Stalling):
+    """Keeps the buffers of every call for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hoard: list[memoryview] = []
+
+    def _fill(self, sector: int, buffers: Buffers) -> None:
+        self.hoard += buffers
+        super()._fill(sector, buffers)
+
+    def scribble(self) -> None:
+        """Read and write everything that was kept."""
+        for view in self.hoard:
+            view[:] = bytes(~byte & 0xFF for byte in view)
+
+
+@pytest.mark.parametrize("orphaned", [False, True], ids=["ended", "orphaned"])
+def test_a_view_that_is_kept_for_ever_harms_nobody(orphaned: bool, serve: Serve, memory: GuestMemory) -> None:
+    """A disk that touches its buffers once the memory was unmapped, the client gone or the server stopped."""
+    disk = Hoarder()
+    served = serve(disk)
+    with attach(served.path, memory=memory) as driver:
+        placed = _hoard(driver, disk, orphaned=orphaned)
+        memory.unmap_all(driver.connection)
+        before = snapshot(memory)
+        disk.scribble()
+        assert changed(memory, before) == set()
+        memory.map_all(driver.connection)
+        disk.scribble()
+        assert changed(memory, before) == set()
+        assert driver.read(40, 512) == disk.data[40 * 512 : 41 * 512]
+        assert memory.read(placed.status, 1)[0] == (Status.IOERR if orphaned else Status.OK)
+    with attach(served.path, memory=memory) as driver:
+        driver.read(40, 512)
+        before = snapshot(memory)
+        disk.hoard.pop()  # of this very request, whose memory is still the guest's
+        disk.scribble()
+        assert changed(memory, before) == set()
+    assert served.server.stop(5)
+    before = snapshot(memory)
+    disk.scribble()
+    assert changed(memory, before) == set()
+
+
+def _hoard(driver: VirtioBlk, disk: Hoarder, *, orphaned: bool) -> Placed:
+    """Have the disk keep the buffers of a request that has ended."""
+    with disk.held():
+        placed = submit_at(driver, RequestType.IN, 40, [(HERE, 512), (THERE, 1024)], CONTROL)
+        driver.kick()
+        disk.wait("began")
+        if orphaned:
+            remap(driver)
+    driver.wait(placed.pending)
+    return placed
+
+
+def test_orphans_leave_nothing_behind(serve: Serve) -> None:
+    """However often a guest makes orphans, the address space that they had is given back."""
+    disk = KINDS["plain"]()
+    size = 256 * MIB
+    with GuestMemory(size) as memory, attach(serve(disk).path, memory=memory) as driver:
+        used = []
+        for round_ in range(5):
+            with disk.held():
+                driver.submit(RequestType.IN, 0, data_in=512)
+                driver.kick()
+                disk.wait("began", 2 * round_ + 1)
+                driver.device.reset()
+                driver.forget()
+            driver.init()
+            driver.read(0, 512)
+            used.append(_address_space())
+    assert used[-1] - used[1] < 2 * size
+
+
+def _address_space() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
