@@ -89,12 +89,15 @@ class Worker:
         self._supervisor = supervisor
         self._flushable = block if isinstance(block, SupportsFlush) and Operation.FLUSH in operations(block) else None
         self._sector_size = block.info.sector_size
+        self._bounces_all = block.bounce
+        self._address_mask = block.buffer_alignment - 1
+        self._length_mask = (self._sector_size - 1) | self._address_mask
         self._write_cache = False
         self._limits = Limits(0)
         self._done: dict[int, list[tuple[int, int, int]]] = {queue.index: [] for queue in queues}
         self._tasks: set[asyncio.Task[None]] = set()
         self._bug_log = LogBudget()
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
         self._bounces = asyncio.Semaphore(_BOUNCES)
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -103,6 +106,7 @@ class Worker:
 
     def start(self) -> None:
         """Begin to serve."""
+        self._loop = asyncio.new_event_loop()
         self._thread.start()
 
     def configure(self, limits: Limits) -> None:
@@ -279,10 +283,9 @@ class Worker:
                 await self._bounce(call, sector, views, fill=fill)
 
     def _fits(self, views: list[memoryview], addresses: int) -> bool:
-        block = self._block
-        if block.bounce or addresses & (block.buffer_alignment - 1):
+        if self._bounces_all or addresses & self._address_mask:
             return False
-        mask = (self._sector_size - 1) | (block.buffer_alignment - 1)
+        mask = self._length_mask
         return not any(len(view) & mask for view in views)
 
     async def _bounce(
