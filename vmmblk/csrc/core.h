@@ -129,7 +129,8 @@ struct vmm_queue {
 	pthread_mutex_t lock;
 	struct vmm_device *device;
 	struct vmm_queue_config config;
-	bool started, broken;
+	bool started;
+	int broken;			/* what every pop answers until the queue is stopped, 0 while all is well */
 	bool parked;			/* its areas are not mapped at the moment */
 	bool starved;			/* chains wait until others have completed */
 	uint32_t pause;

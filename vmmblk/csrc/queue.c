@@ -58,12 +58,17 @@ static bool aligned(const void *p, size_t to)
 	return ((uintptr_t)p & (to - 1)) == 0;
 }
 
+static bool wraps(uint64_t iova, uint64_t len)
+{
+	return len && len - 1 > UINT64_MAX - iova;
+}
+
 static int check_area(struct vmm_queue *q, struct area *a, size_t align, int prot)
 {
 	struct vmm_memory *m = &q->device->memory;
 	uint64_t at = a->iova, left = a->len;
 
-	if (a->len - 1 > UINT64_MAX - a->iova)
+	if (wraps(a->iova, a->len))
 		return -EPROTO;
 	a->host = vmm_translate(m, a->iova, a->len, prot);
 	if (a->host)
@@ -79,6 +84,8 @@ static int check_area(struct vmm_queue *q, struct area *a, size_t align, int pro
 		uint64_t part = r->size - (at - r->iova);
 		if (part >= left)
 			return 0;
+		if (part % align)	/* the boundary would cut through a field */
+			return -EPROTO;
 		at += part;
 		left -= part;
 	}
@@ -99,7 +106,7 @@ static int find_areas(struct vmm_queue *q)
 	return 0;
 }
 
-/* The host address of len bytes at an offset in an area; NULL only if a region boundary cuts through them. */
+/* The host address of len bytes at an offset in an area. */
 static void *at(struct vmm_queue *q, const struct area *a, uint64_t offset, size_t len)
 {
 	if (a->host)
@@ -247,10 +254,6 @@ static void add_data(struct walk *w, uint64_t iova, uint64_t len, bool write)
 	bool joins = write ? w->chain->writable > 0 : w->chain->readable > 0;
 
 	*total += len;
-	if (len && len - 1 > UINT64_MAX - iova) {
-		unreachable(w, NULL);
-		return;
-	}
 	while (len) {
 		struct vmm_region *r = vmm_region_find(w->m, iova);
 		if (!r || !r->addr || (r->prot & prot) != prot) {
@@ -268,20 +271,19 @@ static void add_data(struct walk *w, uint64_t iova, uint64_t len, bool write)
 
 static void copy_header(struct walk *w, uint64_t iova, uint64_t len)
 {
-	struct vmm_chain *c = w->chain;
+	uint8_t *to = w->chain->header + w->chain->header_len;
 
+	w->chain->header_len += (uint32_t)len;	/* what cannot be reached stays zero */
 	while (len) {
 		struct vmm_region *r = vmm_region_find(w->m, iova);
 		if (!r || !r->addr || !(r->prot & PROT_READ)) {
 			unreachable(w, r);
-			memset(c->header + c->header_len, 0, len);
-			c->header_len += (uint32_t)len;
 			return;
 		}
 		uint64_t left = r->size - (iova - r->iova);
 		uint64_t part = left < len ? left : len;
-		memcpy(c->header + c->header_len, r->addr + (iova - r->iova), part);
-		c->header_len += (uint32_t)part;
+		memcpy(to, r->addr + (iova - r->iova), part);
+		to += part;
 		iova += part;
 		len -= part;
 	}
@@ -318,14 +320,13 @@ static void finish(struct walk *w)
 
 	if (!w->writable)
 		c->readable_segs = s->nr_segs;
-	s->has_status = w->held_len > 0;
-	if (s->has_status) {
+	s->has_status = false;
+	if (w->held_len) {
 		s->status_iova = w->held_iova + w->held_len - 1;
 		add_data(w, w->held_iova, w->held_len - 1, true);
-		if (!vmm_translate(w->m, s->status_iova, 1, PROT_WRITE)) {
+		s->has_status = !wraps(w->held_iova, w->held_len) && vmm_translate(w->m, s->status_iova, 1, PROT_WRITE);
+		if (!s->has_status)
 			unreachable(w, vmm_region_find(w->m, s->status_iova));
-			s->has_status = false;
-		}
 	}
 	if (!s->has_status)
 		c->flags |= VMM_CHAIN_NO_STATUS;
@@ -372,8 +373,11 @@ static int walk_chain(struct walk *w, uint16_t head)
 	struct desc d;
 
 	do {
-		/* a direct chain longer than the queue must loop, a table longer than it is read in bounds */
-		if (index >= w->entries || seen++ >= limit || (!w->indirect && direct++ >= w->q->config.size))
+		/*
+		 * A direct chain longer than the queue must loop, a table longer than it is read in bounds; what points
+		 * at the table is no element, hence one more than the limit.
+		 */
+		if (index >= w->entries || seen++ > limit || (!w->indirect && direct++ >= w->q->config.size))
 			return -EPROTO;
 		if (!read_desc(w, index, &d))
 			return -EPROTO;
@@ -384,6 +388,8 @@ static int walk_chain(struct walk *w, uint16_t head)
 			d.flags = DESC_F_NEXT;
 			continue;
 		}
+		if (wraps(d.addr, d.len))
+			unreachable(w, NULL);
 		if (d.flags & DESC_F_WRITE)
 			add_writable(w, d.addr, d.len);
 		else if (w->writable)
@@ -466,7 +472,7 @@ static int pop_available(struct vmm_queue *q, struct vmm_chain *out, int max)
 	for (;;) {
 		int waiting = available(q);
 		if (waiting < 0 || !quiet_kicks(q))
-			return -EPROTO;
+			goto corrupt;
 		for (; waiting && n < max && may_take(q); waiting--, n++) {
 			if (q->in_flight >= q->config.size || take_chain(q, &out[n]))
 				goto corrupt;
@@ -482,8 +488,12 @@ static int pop_available(struct vmm_queue *q, struct vmm_chain *out, int max)
 			return n;
 	}
 corrupt:
-	q->broken = true;	/* the chains before the fault are whole: they are served, the next pop tells */
-	return n ? n : -EPROTO;
+	q->broken = -EPROTO;
+	if (!n)
+		return -EPROTO;
+	/* the chains before the fault are whole: they are served, and the next pop tells, without the driver's help */
+	eventfd_write(q->kick_fd, 1);
+	return n;
 }
 
 /*
@@ -498,21 +508,14 @@ int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
 	pthread_mutex_lock(&q->lock);
 	if (!q->started || q->pause || atomic_load(&q->device->orphans))
 		goto out;
-	if (q->broken) {
-		n = -EPROTO;
-		goto out;
-	}
-	if (q->generation != q->device->memory.generation) {
-		n = find_areas(q);
-		q->parked = n == -ENOENT;
+	if (!q->broken && q->generation != q->device->memory.generation) {
+		int error = find_areas(q);
+		q->parked = error == -ENOENT;
 		if (q->parked)
-			n = 0;
-		if (n || q->parked)
 			goto out;
+		q->broken = error;
 	}
-	n = pop_available(q, out, max);
-	if (n < 0)
-		q->broken = true;
+	n = q->broken ? q->broken : pop_available(q, out, max);
 out:
 	pthread_mutex_unlock(&q->lock);
 	return n;
@@ -688,7 +691,8 @@ int vmm_queue_start(struct vmm_queue *q, const struct vmm_queue_config *config)
 	if (error)
 		goto out;
 	q->next_avail = q->next_used = 0;
-	q->broken = q->parked = q->starved = q->saw_chain = false;
+	q->parked = q->starved = q->saw_chain = false;
+	q->broken = 0;
 	q->epoch++;
 	atomic_store(&q->vector, config->vector);
 	if (!store_used_flags(q, 0)) {
@@ -706,8 +710,8 @@ void vmm_queue_stop(struct vmm_queue *q)
 {
 	pthread_mutex_lock(&q->lock);
 	q->started = false;
-	q->broken = false;
 	q->parked = false;
+	q->broken = 0;
 	pthread_mutex_unlock(&q->lock);
 }
 
