@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 _SCRIPTS = Path(__file__).resolve().parent.parent / "qemu-scripts"
 sys.path.insert(0, str(_SCRIPTS / "lib"))
 
-from vmm import NO_STATUS, TIMED_OUT, Guest, Result, Served, Setup, vfio_user_device  # noqa: E402
+from vmm import NO_STATUS, TIMED_OUT, CommandOutput, Guest, Result, Served, Setup, vfio_user_device  # noqa: E402
 
 __all__ = [
     "MIB",
     "NO_STATUS",
     "TIMED_OUT",
     "VMMBLK",
+    "CommandOutput",
     "Guest",
     "Result",
     "Served",
@@ -33,6 +34,7 @@ __all__ = [
     "fio",
     "make_boot_disk",
     "make_image",
+    "scripts",
     "serve",
     "vfio_user_device",
     "wait_until",
@@ -40,6 +42,11 @@ __all__ = [
 
 MIB = 1 << 20
 VMMBLK = (sys.executable, "-m", "vmmblk")
+
+
+def scripts() -> Path:
+    """The folder qemu-scripts."""
+    return _SCRIPTS
 
 
 def serve(socket: Path, *arguments: str) -> Served:

@@ -170,22 +170,22 @@ on_x86_64() { [[ $(uname -m) == x86_64 ]] || die "this needs an x86-64 machine, 
 # python_environment EXTRA: makes .venv with vmmblk installed in it as an editable package, with the extra packages
 # named EXTRA ("" for none), and its extension modules built. Does nothing when nothing it is made of has changed.
 python_environment() {
-    local venv=$repo/.venv key log=$cache/install.log
+    local extra=$1 venv=$repo/.venv python=/usr/bin/python3 key log=$cache/install.log
     need python3 python3-venv python3-dev gcc libc6-dev
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "this needs Python 3.11 or newer"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "this needs Python 3.11 or newer"
     lock venv
     key=$(cat -- "$cache/libvfio-user/.stamp" "$repo"/{pyproject.toml,cffi_build.py} "$repo"/vmmblk/csrc/* |
         sha256sum | cut -d' ' -f1)
-    key="$key $1 $repo $(realpath "$(command -v python3)")"
-    if ! fresh "$venv" "$key"; then
+    key="$key $repo $("$python" --version) with"
+    if ! fresh "$venv" "$key $extra" && ! { [[ -z $extra ]] && fresh "$venv" "$key test"; }; then
         say "installing vmmblk into $venv"
         # A Python that was upgraded, or a run that was interrupted, leaves one that does not work.
-        "$venv/bin/python" -m pip --version >/dev/null 2>&1 || python3 -m venv --clear "$venv"
-        "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$repo${1:+[$1]}" >"$log" 2>&1 || {
+        "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
+        "$venv/bin/python" -m pip install -q --disable-pip-version-check -e "$repo${extra:+[$extra]}" >"$log" 2>&1 || {
             cat -- "$log" >&2
             die "pip could not install vmmblk; its output is above"
         }
-        printf '%s\n' "$key" >"$venv/.stamp"
+        printf '%s\n' "$key $extra" >"$venv/.stamp"
     fi
     flock -u "$lock_fd"
 }
