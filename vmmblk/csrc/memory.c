@@ -35,9 +35,11 @@ static bool fill_hole(uintptr_t fault, int code)
 		size_t page = atomic_load(&guards[i].page_size);
 		if (!len || fault < base || fault - base >= len || atomic_load(&guards[i].base) != base)
 			continue;
-		uintptr_t from = fault & ~(uintptr_t)(page - 1);
+		/* the client has a say in the page size: count from the base, so as to stay within the mapping */
+		uintptr_t from = fault - (fault - base) % page;
+		size_t rest = base + len - from;
 		/* past the end of a file everything above is a hole too; a poisoned page is only itself */
-		size_t size = code == BUS_ADRERR ? base + len - from : page;
+		size_t size = code == BUS_ADRERR || page > rest ? rest : page;
 		return mmap((void *)from, size, PROT_READ | PROT_WRITE,
 			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
 	}
@@ -172,6 +174,8 @@ int vmm_memory_map(struct vmm_memory *m, uint64_t iova, uint64_t size, uint64_t 
 		return -ENOSPC;
 	if (vaddr) {
 		if (vaddr < map_base || vaddr - map_base > map_len || map_len - (vaddr - map_base) < size)
+			return -EINVAL;
+		if (!page_size || page_size & (page_size - 1))
 			return -EINVAL;
 		r.source = (void *)(uintptr_t)map_base;
 		r.map_base = make_alias(r.source, map_len, page_size);
