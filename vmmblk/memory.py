@@ -28,6 +28,7 @@ class Pause:
     RESET: int = lib.VMM_PAUSE_RESET
     BUS_MASTER: int = lib.VMM_PAUSE_BUS_MASTER
     STOP: int = lib.VMM_PAUSE_STOP
+    ORPHAN: int = lib.VMM_PAUSE_ORPHAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class Core:
     # -- guest memory
 
     def map(self, region: Region) -> None:
-        """Add a region.  Raises: OSError (EINVAL, EEXIST for an overlap, ENOSPC, ENOMEM)."""
+        """Add a region (all queues paused).  Raises: OSError (EINVAL, EEXIST for an overlap, ENOSPC, ENOMEM)."""
         self._forget_retired()
         out = self._fresh[0]
         r = region
@@ -137,17 +138,19 @@ class Core:
                 del self._aliases[self._retired.pop()]
 
     def orphan(self) -> None:
-        """Take guest memory back from everything in flight (all queues paused).
+        """Take guest memory back from everything in flight, of all queues.
 
         Reads in flight land nowhere, writes in flight send what they were given, and no queue pops before the last of
         them has ended.  Raises: OSError if some memory could not be taken back; the chains are orphans all the same.
         """
         self._forget_retired()  # a guest can get here again and again without a map or unmap
         count = ffi.new("int *")
+        self.pause(Pause.ORPHAN)  # a queue that still runs must not pop before the fresh aliases are known here
         error = lib.vmm_device_orphan(self.handle, self._fresh, count)
         for i in range(count[0]):
             self._aliases[self._fresh[i].id] = Alias(self._fresh[i])
             self._retired.append(self._fresh[i].old)
+        self.resume(Pause.ORPHAN)
         _check(error, "taking guest memory back")
 
     # -- all queues at once

@@ -100,6 +100,7 @@ enum {				/* reasons why a queue does not pop, a bit each */
 	VMM_PAUSE_RESET = 2,
 	VMM_PAUSE_BUS_MASTER = 4,
 	VMM_PAUSE_STOP = 8,
+	VMM_PAUSE_ORPHAN = 16,
 };
 
 enum slot_state { SLOT_FREE, SLOT_IN_FLIGHT, SLOT_ORPHANED };

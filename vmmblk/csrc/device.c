@@ -294,9 +294,10 @@ out:
 }
 
 /*
- * Take guest memory back from everything in flight, with the queues paused.  The blocks go on, but in memory of their
- * own: reads land nowhere, writes send what they were given.  Describes the *n fresh aliases in fresh, which holds
- * VMM_MAX_REGIONS.  Everything in flight is an orphan afterwards; -errno if some memory could not be taken back.
+ * Take guest memory back from everything in flight.  The queues are paused until the caller knows the fresh aliases,
+ * for what is popped next names them.  The blocks go on, but in memory of their own: reads land nowhere, writes send
+ * what they were given.  Describes the *n fresh aliases in fresh, which holds VMM_MAX_REGIONS.  Everything in flight is
+ * an orphan afterwards; -errno if some memory could not be taken back.
  */
 int vmm_device_orphan(struct vmm_device *d, struct vmm_alias *fresh, int *n)
 {
