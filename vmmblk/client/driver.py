@@ -141,7 +141,7 @@ class VirtioBlk:
         for index in range(self._queue_count):
             self.queues.append(self._new_queue(index))
             self._doorbells.append(self.device.notify_offset(index))
-        self._generation = self.device.get(CommonCfg.CONFIG_GENERATION)
+        self._generation = self._read_generation()
         self.device.status |= DeviceStatus.DRIVER_OK
 
     def reset(self) -> None:
@@ -393,8 +393,13 @@ class VirtioBlk:
             return False
         if self.lines.mode is Interrupts.MSIX and self.lines.config_vector not in self._queue_vectors():
             return True
-        before, self._generation = self._generation, self.device.get(CommonCfg.CONFIG_GENERATION)
+        before, self._generation = self._generation, self._read_generation()
         return before != self._generation or DeviceStatus.NEEDS_RESET in self.status
+
+    def _read_generation(self) -> int:
+        """The generation of the configuration, which changes only once a changed configuration is read."""
+        self.device.config_bytes(BlkConfig.CAPACITY, 1)
+        return self.device.get(CommonCfg.CONFIG_GENERATION)
 
     def _acknowledge(self) -> IsrStatus:
         """Read the ISR, which lowers INTx, and unmask it, as a VMM does after the access."""
@@ -412,7 +417,7 @@ def attach(
     *,
     memory: GuestMemory | None = None,
     timeout: float = 5.0,
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> Iterator[VirtioBlk]:
     """Connect to a server, give it memory (``memory`` stays the caller's; default 64 MiB) and drive its device.
 
