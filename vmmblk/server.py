@@ -54,7 +54,7 @@ from vmmblk.request import Limits, SegmentLimits
 from vmmblk.ring import Queue, UnreachableRing
 from vmmblk.spec import BLK_ID_BYTES, NO_VECTOR, SECTOR_SIZE
 from vmmblk.vfio_user import CONFIG_REGION, Layout, Transport
-from vmmblk.worker import Worker
+from vmmblk.worker import LogBudget, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -137,6 +137,8 @@ class Server:
         self._quiescing = False
         self._resetting_queues: set[int] = set()
         self._advised = False
+        self._advice_log = LogBudget()
+        self._guest_log = LogBudget()  # for what a guest or a client can cause as often as it likes
         self._started = False
         self._inode: tuple[int, int] | None = None
         self.drained_fd = self._core.drained_fd
@@ -259,7 +261,7 @@ class Server:
         if lost:
             self._advised = False
         else:
-            log.info("the client reset the device")
+            self._guest_log.log(log, logging.INFO, "the client reset the device")
         self._finish_reset(self._pci.reset())
 
     def dma_map(self, region: Region) -> None:
@@ -267,7 +269,7 @@ class Server:
         try:
             self._core.map(region)
         except OSError as error:
-            log.error("%s: it cannot be reached", error.strerror)
+            self._guest_log.log(log, logging.ERROR, "%s: it cannot be reached", error.strerror)
 
     def dma_unmap(self, iova: int, size: int) -> None:
         """Guest memory goes away."""
@@ -300,7 +302,7 @@ class Server:
         """Say so, once a client."""
         if not self._advised:
             self._advised = True
-            log.error("%s", MEMORY_ADVICE)
+            self._advice_log.log(log, logging.ERROR, "%s", MEMORY_ADVICE)
 
     def _ring_failed(self, queue: Queue, start: int, error: Exception) -> None:
         if queue.starts != start or not self._device.live:
@@ -308,7 +310,8 @@ class Server:
         if isinstance(error, UnreachableRing):
             self.memory_not_shared()
         else:
-            log.info("queue %d is corrupt: the device needs a reset", queue.index)
+            message = "queue %d is corrupt: the device needs a reset"
+            self._guest_log.log(log, logging.INFO, message, queue.index)
         self._apply(self._device.needs_reset())
 
     def _block_grew(self) -> None:
@@ -356,7 +359,7 @@ class Server:
             if error.errno == errno.EFAULT:
                 self.memory_not_shared()
             else:
-                log.info("%s: the device needs a reset", error)
+                self._guest_log.log(log, logging.INFO, "%s: the device needs a reset", error.strerror)
             self._apply(self._device.needs_reset())
             return
         queue.kick()

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vmmblk._vfu import ffi, lib
 from vmmblk.memory import Region
+from vmmblk.worker import LogBudget
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,6 +129,8 @@ class Transport:
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._pending = False
         self._stopping = False
+        self._news = LogBudget(burst=20)
+        self._complaints = LogBudget()
         self._inside_since: float | None = None
         self._thread = threading.Thread(target=self._loop, name="vfio-user", daemon=True)
         self._guard_thread = threading.Thread(target=self._guard, name="vfio-user-guard", daemon=True)
@@ -234,15 +237,15 @@ class Transport:
         if not self._connected:
             result = self._enter(lib.vmm_vfu_attach)
             if result == 0:
-                log.info("a client connected")
+                self._news.log(log, logging.INFO, "a client connected")
             elif result != -errno.EAGAIN:
-                log.warning("a client was refused: %s", os.strerror(-result))
+                self._complaints.log(log, logging.WARNING, "a client was refused: %s", os.strerror(-result))
             return
         if self._hung_up():
             return
         with contextlib.suppress(BlockingIOError, ConnectionError):
             self._listener.accept()[0].close()
-            log.warning("a second client was refused: one is connected already")
+            self._complaints.log(log, logging.WARNING, "a second client was refused: one is connected already")
 
     def _messages(self) -> None:
         for _ in range(_BURST):
@@ -253,11 +256,11 @@ class Transport:
                 self._pending = True
                 return
             if result == -errno.ENOTCONN:
-                log.info("the client disconnected")
+                self._news.log(log, logging.INFO, "the client disconnected")
                 break
             if result < 0:
                 # the stream can no longer be understood
-                log.warning("the connection is broken: %s", os.strerror(-result))
+                self._complaints.log(log, logging.WARNING, "the connection is broken: %s", os.strerror(-result))
                 self.drop()
             elif result == 0:
                 break

@@ -41,6 +41,8 @@ _BUGS = (Exception, asyncio.CancelledError, SystemExit)
 Outcome = tuple[Status, int]
 """Status, and how many leading bytes of the device-writable data were written."""
 
+Cause = BaseException | None
+
 
 class Supervisor(Protocol):
     """Who is told when a ring fails; called from the worker's thread."""
@@ -74,6 +76,13 @@ class LogBudget:
             return False
         self._tokens -= 1
         return True
+
+    def log(self, logger: logging.Logger, level: int, message: str, *arguments: object, cause: Cause = None) -> None:
+        """Log a message, with the traceback of ``cause``, unless there were too many; and tell of those swallowed."""
+        if self.allows():
+            also = f" ({self.suppressed} more were not logged)" if self.suppressed else ""
+            self.suppressed = 0
+            logger.log(level, message + also, *arguments, exc_info=cause)
 
 
 class Worker:
@@ -196,10 +205,8 @@ class Worker:
         self._complete(queue, chain.token, status, written)
 
     def _report_bug(self, error: BaseException) -> None:
-        if self._bug_log.allows():
-            also = f" ({self._bug_log.suppressed} like it were not logged)" if self._bug_log.suppressed else ""
-            self._bug_log.suppressed = 0
-            log.error("the disk raised %s; the guest gets an I/O error%s", type(error).__name__, also, exc_info=error)
+        message = "the disk raised %s; the guest gets an I/O error"
+        self._bug_log.log(log, logging.ERROR, message, type(error).__name__, cause=error)
 
     def _complete(self, queue: Queue, token: int, status: Status, written: int) -> None:
         # what ends in one turn of the loop is sent together: one used index, one interrupt
