@@ -103,7 +103,12 @@ enum {				/* reasons why a queue does not pop, a bit each */
 	VMM_PAUSE_ORPHAN = 16,
 };
 
-enum slot_state { SLOT_FREE, SLOT_IN_FLIGHT, SLOT_ORPHANED };
+enum slot_state {
+	SLOT_FREE,
+	SLOT_IN_FLIGHT,
+	SLOT_ORPHANED,
+	SLOT_UNTOLD,			/* an orphan that ended while the driver's memory was not there to say so */
+};
 
 struct slot {
 	uint8_t state;
@@ -136,7 +141,7 @@ struct vmm_queue {
 	bool starved;			/* chains wait until others have completed */
 	uint32_t pause;
 	uint32_t epoch;			/* counts starts */
-	uint32_t in_flight, orphans;
+	uint32_t in_flight, orphans, untold;
 	uint32_t notifying;		/* completers on their way to the interrupt sink */
 	uint32_t segs_in_flight;
 	uint64_t generation;		/* of the memory map that the areas below were translated with */

@@ -195,7 +195,8 @@ static struct slot *slot_of(struct vmm_queue *q, uint32_t token)
 	if (!q->slots || index >= q->max_size)
 		return NULL;
 	struct slot *s = &q->slots[index];
-	return s->state != SLOT_FREE && s->generation == token >> 16 ? s : NULL;
+	bool known = s->state == SLOT_IN_FLIGHT || s->state == SLOT_ORPHANED;
+	return known && s->generation == token >> 16 ? s : NULL;
 }
 
 static bool grow_segs(struct slot *s, uint32_t limit)
@@ -428,6 +429,186 @@ static int take_chain(struct vmm_queue *q, struct vmm_chain *chain)
 	return 0;
 }
 
+/* ---- completing ------------------------------------------------------------------------------------------------- */
+
+static bool put_used(struct vmm_queue *q, uint16_t head, uint32_t len)
+{
+	uint64_t offset = 4 + 8ull * (q->next_used % q->config.size);
+
+	if (!store32(q, &q->used, offset, head) || !store32(q, &q->used, offset + 4, len))
+		return false;
+	q->next_used++;
+	return true;
+}
+
+static uint32_t put_status(struct vmm_queue *q, const struct slot *s, uint32_t status, uint32_t written)
+{
+	uint8_t *p = s->has_status ? vmm_translate(&q->device->memory, s->status_iova, 1, PROT_WRITE) : NULL;
+
+	if (!p)
+		return 0;
+	*p = (uint8_t)status;
+	/* only what was written without a gap counts; the status comes last */
+	return written < s->writable ? written : (uint32_t)s->writable + 1;
+}
+
+/* Does the driver wait for the chain still: its queue alive, and not reset since? */
+static bool awaited(const struct vmm_queue *q, const struct slot *s)
+{
+	return q->started && !q->broken && s->epoch == q->epoch;
+}
+
+static bool areas_found(struct vmm_queue *q)
+{
+	return q->generation == q->device->memory.generation || !find_areas(q);
+}
+
+static bool complete_live(struct vmm_queue *q, struct slot *s, uint32_t status, uint32_t written)
+{
+	bool told = awaited(q, s) && areas_found(q) && put_used(q, s->head, put_status(q, s, status, written));
+
+	q->in_flight--;
+	free_slot(q, s);
+	return told;
+}
+
+/*
+ * An orphan's memory was taken back, so its data went nowhere and nobody can say what was done.  If its queue has not
+ * been reset since, the driver still waits for it and is told so, now or, if the ring or the status byte is not mapped
+ * at the moment, after a later map.  False in that case.
+ */
+static bool tell_orphan(struct vmm_queue *q, const struct slot *s, bool *told)
+{
+	if (!awaited(q, s))
+		return true;
+	if (!areas_found(q) || (s->has_status && !vmm_translate(&q->device->memory, s->status_iova, 1, PROT_WRITE)))
+		return false;
+	*told |= put_used(q, s->head, put_status(q, s, STATUS_IOERR, 0));
+	return true;
+}
+
+/* The last orphan lets the requests that wait go on. */
+static bool complete_orphan(struct vmm_queue *q, struct slot *s)
+{
+	bool told = false;
+
+	q->orphans--;
+	atomic_fetch_sub(&q->device->orphans, 1);
+	if (tell_orphan(q, s, &told)) {
+		free_slot(q, s);
+	} else {
+		s->state = SLOT_UNTOLD;
+		q->untold++;
+	}
+	return told;
+}
+
+static bool complete_one(struct vmm_queue *q, const struct vmm_completion *done)
+{
+	struct slot *s = slot_of(q, done->token);
+
+	if (!s)
+		return false;
+	return s->state == SLOT_ORPHANED ? complete_orphan(q, s) : complete_live(q, s, done->status, done->written);
+}
+
+/* "Used Buffer Notification Suppression": is an interrupt due for moving the used index from old to where it is? */
+static bool interrupt_due(struct vmm_queue *q, uint16_t old)
+{
+	uint16_t value;
+
+	atomic_thread_fence(memory_order_seq_cst);
+	if (q->config.event_idx) {
+		if (!load16(q, &q->driver, 4 + 2ull * q->config.size, &value))
+			return true;
+		return (uint16_t)(q->next_used - value - 1) < (uint16_t)(q->next_used - old);
+	}
+	return !load16(q, &q->driver, 0, &value) || !(value & AVAIL_F_NO_INTERRUPT);
+}
+
+/* Show the driver the used elements since old.  True: send_interrupt() is due, with no lock held. */
+static bool publish_used(struct vmm_queue *q, uint16_t old)
+{
+	bool interrupt = store16(q, &q->used, 2, q->next_used) && interrupt_due(q, old);
+
+	q->notifying += interrupt;
+	return interrupt;
+}
+
+static void tell_drained(struct vmm_queue *q)
+{
+	if (q->pause && !vmm_queue_busy_locked(q))
+		eventfd_write(q->device->drained_fd, 1);
+}
+
+static void send_interrupt(struct vmm_queue *q)
+{
+	vmm_device_notify_queue(q->device, atomic_load(&q->vector));
+	pthread_mutex_lock(&q->lock);
+	q->notifying--;
+	tell_drained(q);
+	pthread_mutex_unlock(&q->lock);
+}
+
+static void free_untold(struct vmm_queue *q, struct slot *s)
+{
+	q->untold--;
+	free_slot(q, s);
+}
+
+/* Memory has been mapped: tell the driver of orphans that have ended before. */
+static bool tell_ended(struct vmm_queue *q)
+{
+	uint16_t old = q->next_used;
+	bool told = false;
+
+	for (uint32_t i = 0; q->untold && i < q->max_size; i++) {
+		struct slot *s = &q->slots[i];
+		if (s->state == SLOT_UNTOLD && tell_orphan(q, s, &told))
+			free_untold(q, s);
+	}
+	return told && publish_used(q, old);
+}
+
+static void kick_all(struct vmm_device *d)
+{
+	for (uint32_t i = 0; i < d->nr_queues; i++)
+		if (d->queues[i].kick_fd >= 0)
+			eventfd_write(d->queues[i].kick_fd, 1);
+}
+
+/*
+ * Complete chains: status bytes, used entries, then one used index for all, then an interrupt if the driver wants one.
+ * Tokens that are not in flight are ignored.  Returns how many the driver was told of.
+ */
+int vmm_queue_complete(struct vmm_queue *q, const struct vmm_completion *done, int n)
+{
+	bool interrupt = false, orphans_ended, starved;
+	int told = 0;
+
+	pthread_mutex_lock(&q->lock);
+	uint16_t old = q->next_used;
+	uint32_t orphans = q->orphans;
+	for (int i = 0; i < n; i++)
+		told += complete_one(q, &done[i]);
+	if (told)
+		interrupt = publish_used(q, old);
+	orphans_ended = orphans && !atomic_load(&q->device->orphans);
+	starved = q->starved;
+	q->starved = false;
+	if (!interrupt)
+		tell_drained(q);
+	pthread_mutex_unlock(&q->lock);
+
+	if (interrupt)
+		send_interrupt(q);
+	if (orphans_ended)
+		kick_all(q->device);
+	else if (starved)
+		eventfd_write(q->kick_fd, 1);
+	return told;
+}
+
 /* ---- popping ---------------------------------------------------------------------------------------------------- */
 
 /* How many chains are available; -EPROTO when the index jumped further than the ring is long. */
@@ -474,7 +655,7 @@ static int pop_available(struct vmm_queue *q, struct vmm_chain *out, int max)
 		if (waiting < 0 || !quiet_kicks(q))
 			goto corrupt;
 		for (; waiting && n < max && may_take(q); waiting--, n++) {
-			if (q->in_flight >= q->config.size || take_chain(q, &out[n]))
+			if (q->in_flight + q->untold >= q->config.size || take_chain(q, &out[n]))
 				goto corrupt;
 		}
 		if (waiting) {
@@ -503,6 +684,7 @@ corrupt:
  */
 int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
 {
+	bool interrupt = false;
 	int n = 0;
 
 	pthread_mutex_lock(&q->lock);
@@ -515,9 +697,13 @@ int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
 			goto out;
 		q->broken = error;
 	}
+	if (q->untold && !q->broken)
+		interrupt = tell_ended(q);
 	n = q->broken ? q->broken : pop_available(q, out, max);
 out:
 	pthread_mutex_unlock(&q->lock);
+	if (interrupt)
+		send_interrupt(q);
 	return n;
 }
 
@@ -539,128 +725,6 @@ bool vmm_queue_looks_unshared(struct vmm_queue *q)
 	}
 	pthread_mutex_unlock(&q->lock);
 	return suspicious;
-}
-
-/* ---- completing ------------------------------------------------------------------------------------------------- */
-
-static bool put_used(struct vmm_queue *q, uint16_t head, uint32_t len)
-{
-	uint64_t offset = 4 + 8ull * (q->next_used % q->config.size);
-
-	if (!store32(q, &q->used, offset, head) || !store32(q, &q->used, offset + 4, len))
-		return false;
-	q->next_used++;
-	return true;
-}
-
-static uint32_t put_status(struct vmm_queue *q, const struct slot *s, uint32_t status, uint32_t written)
-{
-	uint8_t *p = s->has_status ? vmm_translate(&q->device->memory, s->status_iova, 1, PROT_WRITE) : NULL;
-
-	if (!p)
-		return 0;
-	*p = (uint8_t)status;
-	/* only what was written without a gap counts; the status comes last */
-	return written < s->writable ? written : (uint32_t)s->writable + 1;
-}
-
-/*
- * An orphan's memory was taken back, so its data went nowhere and nobody can say what was done.  If its queue has not
- * been reset since, the driver still waits for it and is told so.  The last orphan lets the requests that wait go on.
- */
-static void end_orphan(struct vmm_queue *q)
-{
-	q->orphans--;
-	atomic_fetch_sub(&q->device->orphans, 1);
-}
-
-static bool complete_one(struct vmm_queue *q, const struct vmm_completion *done)
-{
-	struct slot *s = slot_of(q, done->token);
-	uint32_t status = done->status, written = done->written;
-	bool told = false;
-
-	if (!s)
-		return false;
-	bool orphan = s->state == SLOT_ORPHANED;
-	if (orphan) {
-		status = STATUS_IOERR;
-		written = 0;
-	}
-	if (q->started && !q->broken && s->epoch == q->epoch &&
-	    (q->generation == q->device->memory.generation || !find_areas(q)))
-		told = put_used(q, s->head, put_status(q, s, status, written));
-	if (orphan)
-		end_orphan(q);
-	else
-		q->in_flight--;
-	free_slot(q, s);
-	return told;
-}
-
-/* "Used Buffer Notification Suppression": is an interrupt due for moving the used index from old to where it is? */
-static bool interrupt_due(struct vmm_queue *q, uint16_t old)
-{
-	uint16_t value;
-
-	atomic_thread_fence(memory_order_seq_cst);
-	if (q->config.event_idx) {
-		if (!load16(q, &q->driver, 4 + 2ull * q->config.size, &value))
-			return true;
-		return (uint16_t)(q->next_used - value - 1) < (uint16_t)(q->next_used - old);
-	}
-	return !load16(q, &q->driver, 0, &value) || !(value & AVAIL_F_NO_INTERRUPT);
-}
-
-static void tell_drained(struct vmm_queue *q)
-{
-	if (q->pause && !vmm_queue_busy_locked(q))
-		eventfd_write(q->device->drained_fd, 1);
-}
-
-static void kick_all(struct vmm_device *d)
-{
-	for (uint32_t i = 0; i < d->nr_queues; i++)
-		if (d->queues[i].kick_fd >= 0)
-			eventfd_write(d->queues[i].kick_fd, 1);
-}
-
-/*
- * Complete chains: status bytes, used entries, then one used index for all, then an interrupt if the driver wants one.
- * Tokens that are not in flight are ignored.  Returns how many the driver was told of.
- */
-int vmm_queue_complete(struct vmm_queue *q, const struct vmm_completion *done, int n)
-{
-	bool interrupt = false, orphans_ended, starved;
-	int told = 0;
-
-	pthread_mutex_lock(&q->lock);
-	uint16_t old = q->next_used;
-	uint32_t orphans = q->orphans;
-	for (int i = 0; i < n; i++)
-		told += complete_one(q, &done[i]);
-	if (told && store16(q, &q->used, 2, q->next_used))
-		interrupt = interrupt_due(q, old);
-	orphans_ended = orphans && !atomic_load(&q->device->orphans);
-	starved = q->starved;
-	q->starved = false;
-	q->notifying += interrupt;
-	if (!interrupt)
-		tell_drained(q);
-	pthread_mutex_unlock(&q->lock);
-
-	if (interrupt) {
-		vmm_device_notify_queue(q->device, atomic_load(&q->vector));
-		pthread_mutex_lock(&q->lock);
-		q->notifying--;
-		tell_drained(q);
-		pthread_mutex_unlock(&q->lock);
-	}
-	if (orphans_ended)
-		kick_all(q->device);
-	else if (starved)
-		eventfd_write(q->kick_fd, 1);
-	return told;
 }
 
 /* ---- life ------------------------------------------------------------------------------------------------------- */
@@ -712,6 +776,9 @@ void vmm_queue_stop(struct vmm_queue *q)
 	q->started = false;
 	q->parked = false;
 	q->broken = 0;
+	for (uint32_t i = 0; q->untold && i < q->max_size; i++)
+		if (q->slots[i].state == SLOT_UNTOLD)
+			free_untold(q, &q->slots[i]);
 	pthread_mutex_unlock(&q->lock);
 }
 
