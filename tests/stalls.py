@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SECTORS = 2048
 PATIENCE = 5.0
+ANSWER = 1.0
+"""Seconds for a register read; a few milliseconds unless the machine is busy.  A VMM waits for five."""
 
 
 class Stalling(Block):
@@ -151,8 +153,8 @@ def within(seconds: float) -> Iterator[None]:
 
 def answers(driver: VirtioBlk) -> None:
     """The device answers a register read at once."""
-    with within(0.5):
-        assert driver.device.features
+    with within(ANSWER):
+        _ = driver.device.status
 
 
 # Requests at addresses of the test's choice, which no allocator hands out again.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import resource
+import time
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -200,7 +203,7 @@ def test_a_late_read_does_not_show_in_a_late_write(serve: Serve, memory: GuestMe
 
 @every_shape
 def test_an_orphan_of_a_live_queue_touches_only_its_status(pieces: Pieces, serve: Serve, memory: GuestMemory) -> None:
-    """A read whose memory was remapped ends with IOERR and a used length of 1, its buffer as the guest left it."""
+    """A read whose memory was remapped ends with IOERR and a used length of 0, its buffer as the guest left it."""
     disk = KINDS["plain"]()
     with attach(serve(disk).path, memory=memory) as driver, disk.held():
         placed = submit_at(driver, RequestType.IN, 40, pieces, CONTROL)
@@ -230,6 +233,55 @@ def test_a_region_that_stays_away_is_not_touched(serve: Serve, memory: GuestMemo
         driver.wait(placed.pending)
         assert memory.read(placed.status, 1)[0] == Status.IOERR
         assert changed(memory, before) <= {CONTROL, *pages_of(driver, [])}
+
+
+@pytest.mark.parametrize("away", [LAYOUT, LAYOUT[2:]], ids=["all", "the status"])
+def test_an_orphan_that_ends_while_memory_is_away_is_told_later(
+    away: Sequence[Range], serve: Serve, memory: GuestMemory
+) -> None:
+    """Firmware unmaps and maps again: the driver learns of what ended in between, once, and before anything new."""
+    disk = KINDS["plain"]()
+    served = serve(disk)
+    with attach(served.path, memory=memory) as driver, disk.held():
+        placed = submit_at(driver, RequestType.IN, 40, [(HERE, 4096)], THERE)
+        driver.kick()
+        disk.wait("began")
+        for piece in away:
+            memory.unmap(driver.connection, *piece)
+        disk.release()
+        disk.wait("ended")
+        served.settle()
+        assert driver.queues[0].used_idx == 0
+        for piece in away:
+            memory.map(driver.connection, *piece)
+        driver.wait(placed.pending)
+        assert memory.read(placed.status, 1)[0] == Status.IOERR
+        assert placed.pending.written == 0
+        assert driver.read(40, 512) == disk.data[40 * 512 : 41 * 512]
+        assert driver.queues[0].used_idx == 2
+        assert driver.stray == []
+
+
+def test_an_orphan_that_was_not_told_is_forgotten_at_a_reset(serve: Serve, memory: GuestMemory) -> None:
+    """A queue that is reset while its memory is away starts without what ended meanwhile."""
+    disk = KINDS["plain"]()
+    served = serve(disk)
+    with attach(served.path, memory=memory) as driver:
+        for _ in range(260):  # more than the ring has places
+            with disk.held():
+                submit_at(driver, RequestType.IN, 40, [(HERE, 4096)], THERE)
+                driver.kick()
+                disk.wait("began")
+                memory.unmap_all(driver.connection)
+            disk.wait("ended")
+            served.settle()
+            memory.map(driver.connection, *LAYOUT[0])
+            memory.map(driver.connection, *LAYOUT[1])
+            driver.init()
+            memory.map(driver.connection, *LAYOUT[2])
+            assert driver.read(40, 512) == disk.data[40 * 512 : 41 * 512]
+            assert driver.queues[0].used_idx == 1
+            disk.journal.clear()
 
 
 class Hoarder(Stalling):
@@ -311,3 +363,54 @@ def test_orphans_leave_nothing_behind(serve: Serve) -> None:
 def _address_space() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     return pages * resource.getpagesize()
+
+
+class Slow(Stalling):
+    """Takes a moment for each request, longer for some."""
+
+    async def write(self, sector_start: int, buffers: Buffers) -> None:
+        """Wait, then look at the buffers."""
+        await asyncio.sleep(0.0005 * (sector_start % 4))
+        self._store(sector_start, buffers)
+
+
+class SlowPlain(Slow):
+    """The same in threads."""
+
+    def write(self, sector_start: int, buffers: Buffers) -> None:  # type: ignore[override]
+        """Wait, then look at the buffers."""
+        time.sleep(0.0005 * (sector_start % 4))
+        self._store(sector_start, buffers)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.001, 1.0])
+@pytest.mark.parametrize("kind", [Slow, SlowPlain])
+def test_nothing_is_lost_in_a_storm(
+    kind: type[Slow], limit: float, serve: Serve, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Remaps and resets at any moment: each request of a live queue ends, and each write that lands is whole."""
+    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, limit))
+    random = Random(1)  # noqa: S311 - the same storm each time
+    disk = kind()
+    written: dict[int, set[bytes]] = {sector: {b"\x5e" * 512} for sector in range(16)}
+    with attach(serve(disk).path, memory=memory) as driver:
+        for round_ in range(40):
+            data = {sector: bytes([round_, sector]) * 256 for sector in written}
+            pending = [driver.submit(RequestType.OUT, sector, data[sector]) for sector in written]
+            driver.kick()
+            if random.random() < 0.5:
+                driver.wait(pending[0])
+            act = random.choice([remap, remap, queue_reset, status_reset, device_reset])
+            act(driver)
+            if act is remap:
+                driver.wait_all(pending)
+                for sector, each in enumerate(pending):
+                    assert each.status == Status.IOERR or disk.data[sector * 512 :][:512] == data[sector]
+            else:
+                driver.reset_queue() if act is queue_reset else driver.init()
+            for sector, each in data.items():
+                written[sector].add(each)
+        driver.read(0, 512)
+        assert driver.stray == []
+    for sector, possible in written.items():
+        assert bytes(disk.data[sector * 512 :][:512]) in possible
