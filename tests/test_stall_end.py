@@ -47,9 +47,9 @@ def memory() -> Iterator[GuestMemory]:
 
 @pytest.fixture(autouse=True)
 def _quick(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests in flight get 0.3 s only."""
+    """Requests in flight get 0.1 s only."""
     logs.allow("their memory is taken back")
-    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, 0.3))
+    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, 0.1))
 
 
 def begin_read(driver: VirtioBlk, disk: Stalling) -> int:

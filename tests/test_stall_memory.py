@@ -81,9 +81,9 @@ def memory() -> Iterator[GuestMemory]:
 
 @pytest.fixture(autouse=True)
 def _orphans(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests in flight get 0.2 s only: what counts here is what happens then."""
+    """Requests in flight get 0.05 s only: what counts here is what happens then."""
     logs.allow("their memory is taken back")
-    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, 0.2))
+    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, 0.05))
 
 
 def some_bytes(pieces: Pieces, start: int = 0) -> bytes:
