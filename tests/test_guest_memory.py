@@ -352,6 +352,21 @@ def test_a_queue_goes_on_over_fresh_memory_after_its_orphans(rig: Rig) -> None:
     assert mapping_at(old) == ""
 
 
+def test_a_ring_in_memory_that_was_taken_back_is_followed() -> None:
+    """Ring and data in one region: the ring is found again in the fresh mapping, before the orphan's end and after."""
+    with Rig() as rig:
+        first = rig.request(b"x" * 512)
+        chain = rig.pop_one()
+        second = rig.request(b"y" * 512)
+        orphaned(rig)
+        rig.complete(chain)
+        assert rig.ring.get_used() == [(first, 1)]
+        chain = rig.pop_one()
+        assert b"".join(chain.views_in) == b"y" * 512
+        rig.complete(chain)
+        assert rig.ring.get_used() == [(second, 1)]
+
+
 def test_a_view_taken_by_number_after_the_orphan_is_still_there(rig: Rig) -> None:
     """A chain popped just before the orphan finds its alias as long as any orphan lives, whatever is unmapped."""
     rig.offer(rig.readable(HEADER), at_data(rig, b"abcd"), rig.writable(1))
