@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 IMAGE_SIZE = 256 * MIB
 # Jobs that verify work on these parts of the disk, and the timed jobs that write on what follows.
-VERIFIED = 64 * MIB
+VERIFIED = 32 * MIB
 READ_BACK = 64 * MIB
 VMMBLK = (sys.executable, "-m", "vmmblk")
 
@@ -41,7 +41,7 @@ class Job:
 
 def jobs(runtime: float, *, writes: bool) -> list[Job]:
     """The jobs of one guest. Those that write leave the verified parts alone."""
-    timed = f"--time_based --runtime={runtime:g}"
+    timed = f"--time_based --runtime={runtime * 1000:.0f}ms"
     beyond = f"--offset={VERIFIED}" if writes else ""
     measured = [
         Job("random read 4 KiB, QD 32", f"--rw=randread --bs=4k --iodepth=32 {timed}"),
@@ -217,6 +217,8 @@ def main() -> int:
     parser.add_argument("--disk", type=Path)
     parser.add_argument("--runtime", type=float, default=4)
     options = parser.parse_args()
+    if options.runtime <= 0:
+        parser.error("--runtime needs a number of seconds above 0")
     with tempfile.TemporaryDirectory(prefix="demo-", dir=vmm.CACHE) as name:
         try:
             if options.shell:
