@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def driven(served: Served, memory: GuestMemory) -> Iterator[VirtioBlk]:
 def pieces(memory: GuestMemory, *cuts: int) -> list[Range]:
     """The memory, one range at 0, cut at these addresses."""
     edges = sorted({0, memory.size, *cuts})
-    return [Range(start, end - start) for start, end in zip(edges, edges[1:], strict=False)]
+    return [Range(start, end - start) for start, end in itertools.pairwise(edges)]
 
 
 def transfer(v: VirtioBlk, kind: RequestType, data: int, length: int, block: int) -> int:

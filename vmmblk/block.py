@@ -111,7 +111,7 @@ class Block(ABC):
         On failure some buffers may be filled and others not.  Raises: BlockError, OSError.
         """
 
-    def write(self, sector_start: int, buffers: Buffers) -> Awaitable[None] | None:
+    def write(self, sector_start: int, buffers: Buffers) -> Awaitable[None] | None:  # noqa: ARG002
         """Write the data in ``buffers`` from ``sector_start`` on; on return it is persisted.
 
         Raises: Unimplemented, IsReadOnly (no data has been written), Disconnected, Unknown, OSError (an unknown

@@ -2,7 +2,7 @@
 
 ::
 
-    Error
+    vmmblk.errors.Error
     +-- BlockError              a block could not do what it was asked   -> the guest gets a status
     |   +-- Unknown             some other permanent, fatal error; an unknown amount was written
     |   +-- Unimplemented       not implemented; no data has been written

@@ -41,9 +41,9 @@ class StatusError(Exception):
         super().__init__(getattr(self.status, "name", f"status {status:#x}"))
 
 
-class NeedsReset(Exception):  # noqa: N818 - the name of the bit
+class NeedsReset(Exception):
     """The device set DEVICE_NEEDS_RESET: it serves no queue until it is reset."""
 
 
-class QueueFull(Exception):  # noqa: N818 - a state of the ring, not a fault
+class QueueFull(Exception):
     """Not enough free descriptors; complete something first."""
