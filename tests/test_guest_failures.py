@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -61,6 +62,11 @@ QEMU_IS_UNHAPPY = re.compile("timed out|unexpected reply|bad header|failed|EOF|B
 def guest(server: Served, command: str, **setup: object) -> Guest:
     """A guest of 256 MiB that has the disk."""
     return Guest(Setup(**{"memory": "256M", "arguments": vfio_user_device(server.socket), **setup}), command)
+
+
+def said(server: Served, words: str, times: int) -> bool:
+    """Whether the server has said something so many times."""
+    return server.log.count(words) == times
 
 
 def test_flushed_data_survives_the_death_of_qemu(tmp_path: Path) -> None:
@@ -135,7 +141,7 @@ def test_memory_that_is_not_shared_is_named_and_the_next_guest_served(tmp_path: 
     with serve(tmp_path / "s", str(image)) as server:
         for count, backend in enumerate(["none", "private"], start=1):
             with guest(server, "echo unexpected", memory_backend=backend):
-                wait_until(lambda count=count: server.log.count(advice) == count, f"advice with {backend} memory")
+                wait_until(partial(said, server, advice, count), f"advice with {backend} memory")
         result = boot(fio("randwrite", "4k", "4M"), *vfio_user_device(server.socket), memory="256M")
         assert result.status == 0, result.output
         assert server.stop() == 0
