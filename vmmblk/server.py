@@ -140,6 +140,7 @@ class Server:
         self._advice_log = LogBudget()
         self._guest_log = LogBudget()  # for what a guest or a client can cause as often as it likes
         self._started = False
+        self._closed = False
         self._inode: tuple[int, int] | None = None
         self.drained_fd = self._core.drained_fd
         self._apply_table: dict[type, Callable[[Any], None]] = {
@@ -164,15 +165,12 @@ class Server:
 
         Raises: ConfigError with what to do about it.
         """
-        _clear_stale_socket(self._path)
         try:
-            self._transport = Transport(self._path, self, self._layout())
-            self._path.chmod(0o600)  # whoever can connect reads and writes the disk
-            status = self._path.stat()
-        except OSError as error:
+            self._transport = self._bind()
+        except ConfigError:
             self._close()
-            raise ConfigError(_why_not_bound(self._path, error)) from error
-        self._inode = status.st_dev, status.st_ino
+            raise
+        self._inode = _inode(self._path)
         self._core.irq_sink(*self._transport.trigger)
         for queue in self._queues:
             self._transport.set_kick(queue.index, queue.kick_fd)
@@ -190,6 +188,8 @@ class Server:
         process ends it (the socket is removed all the same).
         """
         if not self._started:
+            if self._transport is None:
+                self._close()
             return True
         self._started = False
         until = time.monotonic() + timeout
@@ -207,7 +207,20 @@ class Server:
         """What ended the server before its time, if anything did."""
         return self._worker.failed or (self._transport.failed if self._transport else None)
 
+    def _bind(self) -> Transport:
+        _clear_stale_socket(self._path)
+        umask = os.umask(0o177)  # whoever can connect reads and writes the disk: others cannot, not for a moment
+        try:
+            return Transport(self._path, self, self._layout())
+        except OSError as error:
+            raise ConfigError(_why_not_bound(self._path, error)) from error
+        finally:
+            os.umask(umask)
+
     def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         for queue in self._queues:
             queue.stop()
             queue.close()
@@ -215,8 +228,7 @@ class Server:
 
     def _remove_socket(self) -> None:
         with contextlib.suppress(OSError):
-            status = self._path.stat()
-            if (status.st_dev, status.st_ino) == self._inode:  # not one that somebody put in its place
+            if self._inode and _inode(self._path) == self._inode:  # not one that somebody put in its place
                 self._path.unlink()
 
     def _layout(self) -> Layout:
@@ -445,6 +457,15 @@ def _serial(block: Block, options: ServerOptions) -> str:
     if not serial.isascii() or len(serial) > BLK_ID_BYTES:
         raise ConfigError(f"the serial {serial!r} must be ASCII and at most {BLK_ID_BYTES} characters")
     return serial
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """What tells a file from one that takes its place; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _clear_stale_socket(path: Path) -> None:

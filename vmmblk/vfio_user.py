@@ -48,6 +48,7 @@ CONFIG_REGION = 7
 PATIENCE = 5.0
 """Seconds that a client gets to send the rest of a message."""
 
+_BACKLOG = 16  # clients that may knock at once; the library's own 0 makes a non-blocking connect() fail
 _BURST = 256  # messages handled before the other descriptors are looked at
 _SYSLOG_LEVELS = (logging.CRITICAL, logging.CRITICAL, logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO)
 
@@ -125,6 +126,7 @@ class Transport:
         if self._vfu == ffi.NULL:
             raise OSError(error[0], os.strerror(error[0]), str(path))
         self._listener = socket.socket(fileno=os.dup(lib.vmm_vfu_listen_fd(self._vfu)))
+        self._listener.listen(_BACKLOG)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._pending = False
@@ -135,6 +137,8 @@ class Transport:
         self._thread = threading.Thread(target=self._loop, name="vfio-user", daemon=True)
         self._guard_thread = threading.Thread(target=self._guard, name="vfio-user-guard", daemon=True)
         self._ended = threading.Event()
+        self._lock = threading.RLock()  # other threads find the library's context and the eventfd, or their end
+        self._open = True
         self.failed: BaseException | None = None
         """What ended the thread before its time."""
 
@@ -154,8 +158,10 @@ class Transport:
 
     def call(self, function: Callable[[], None]) -> None:
         """Run ``function`` on the transport thread, soon.  From any thread."""
-        self._calls.append(function)
-        os.eventfd_write(self._wake, 1)
+        with self._lock:
+            if self._open:
+                self._calls.append(function)
+                os.eventfd_write(self._wake, 1)
 
     def stop(self, timeout: float) -> bool:
         """End the thread; the connection breaks, the socket closes.  False if it has not ended within ``timeout`` s."""
@@ -168,11 +174,16 @@ class Transport:
             return False
         self._thread.join()
         self._guard_thread.join()
+        with self._lock:
+            self._open = False
+            os.close(self._wake)
         return True
 
     def drop(self) -> None:
         """Break the connection, if there is one.  From any thread."""
-        lib.vmm_vfu_shutdown(self._vfu)
+        with self._lock:
+            if self._vfu != ffi.NULL:
+                lib.vmm_vfu_shutdown(self._vfu)
 
     def quiesced(self) -> None:
         """The device is quiescent: answer the message that waited.  On the transport thread, outside callbacks."""
@@ -190,7 +201,9 @@ class Transport:
             log.exception("the transport failed")
             self.failed = error
         finally:
-            lib.vmm_vfu_free(self._vfu)
+            with self._lock:
+                context, self._vfu = self._vfu, ffi.NULL
+                lib.vmm_vfu_free(context)
             self._listener.close()
             self._ended.set()
 
