@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import select
 import struct
 import time
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 from stalls import KINDS, Plain, Stalling, answers, within
 
+from vmmblk.budget import DrainBudget
 from vmmblk.client import wire
 from vmmblk.client.connection import Connection
 from vmmblk.client.driver import VirtioBlk, attach
 from vmmblk.client.errors import StatusError
 from vmmblk.client.memory import GuestMemory
 from vmmblk.client.wire import Command, IrqIndex, Region
-from vmmblk.server import DrainBudget
 from vmmblk.spec import DeviceStatus, RequestType, Status
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def memory() -> Iterator[GuestMemory]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests in flight get 0.1 s only, for tests of what happens then."""
-    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, 0.1))
+    monkeypatch.setattr("vmmblk.server.DRAIN_LIMIT", 0.1)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from vmmblk.client import wire
 from vmmblk.client.driver import VirtioBlk, attach
 from vmmblk.client.memory import PAGE, GuestMemory
 from vmmblk.client.wire import Command
-from vmmblk.server import DrainBudget
 from vmmblk.spec import DeviceStatus, RequestType, Status
 
 if TYPE_CHECKING:
@@ -49,7 +47,8 @@ def memory() -> Iterator[GuestMemory]:
 def _quick(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests in flight get 0.1 s only."""
     logs.allow("their memory is taken back")
-    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, 0.1))
+    monkeypatch.setattr("vmmblk.server.DRAIN_LIMIT", 0.1)
+    monkeypatch.setattr("vmmblk.server.PINNED_DRAIN_LIMIT", 0.1)
 
 
 def begin_read(driver: VirtioBlk, disk: Stalling) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import resource
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ from stalls import KINDS, Placed, Stalling, changed, pages_of, scatter, snapshot
 
 from vmmblk.client.driver import VirtioBlk, attach
 from vmmblk.client.memory import PAGE, GuestMemory, Range
-from vmmblk.server import DrainBudget
 from vmmblk.spec import RequestType, Status
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ def memory() -> Iterator[GuestMemory]:
 def _orphans(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests in flight get 0.05 s only: what counts here is what happens then."""
     logs.allow("their memory is taken back")
-    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, 0.05))
+    monkeypatch.setattr("vmmblk.server.DRAIN_LIMIT", 0.05)
 
 
 def some_bytes(pieces: Pieces, start: int = 0) -> bytes:
@@ -389,7 +387,7 @@ def test_nothing_is_lost_in_a_storm(
     kind: type[Slow], limit: float, serve: Serve, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Remaps and resets at any moment: each request of a live queue ends, and each write that lands is whole."""
-    monkeypatch.setattr("vmmblk.server.DrainBudget", functools.partial(DrainBudget, limit))
+    monkeypatch.setattr("vmmblk.server.DRAIN_LIMIT", limit)
     random = Random(1)  # noqa: S311 - the same storm each time
     disk = kind()
     written: dict[int, set[bytes]] = {sector: {b"\x5e" * 512} for sector in range(16)}

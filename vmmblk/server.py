@@ -10,7 +10,7 @@ from it, the block goes on in memory of its own, and until it has ended no new r
 the driver (a status of 0, queue_reset) is drained the same way, while the registers read "not yet".
 
 Memory that the kernel has pinned (O_DIRECT without bounce) cannot be taken back.  Then the connection is closed instead
-of answered: the VMM goes down, but no guest memory is corrupted.
+of answered, after ``PINNED_DRAIN_LIMIT``: the VMM goes down, but no guest memory is corrupted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmmblk.block import Block, Operation, SupportsIdentify, SupportsResize, operations
+from vmmblk.budget import DrainBudget, LogBudget
 from vmmblk.device import (
     ConfigInterrupt,
     ConfigVectorChanged,
@@ -54,18 +55,21 @@ from vmmblk.request import Limits, SegmentLimits
 from vmmblk.ring import Queue, UnreachableRing
 from vmmblk.spec import BLK_ID_BYTES, NO_VECTOR, SECTOR_SIZE
 from vmmblk.vfio_user import CONFIG_REGION, Layout, Transport
-from vmmblk.worker import LogBudget, Worker
+from vmmblk.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-__all__ = ["DRAIN_LIMIT", "MEMORY_ADVICE", "DrainBudget", "Server", "ServerOptions"]
+__all__ = ["DRAIN_LIMIT", "MEMORY_ADVICE", "PINNED_DRAIN_LIMIT", "Server", "ServerOptions"]
 
 log = logging.getLogger("vmmblk.server")
 
 DRAIN_LIMIT = 1.0
 """Seconds that requests in flight get to end before their memory is taken back."""
+
+PINNED_DRAIN_LIMIT = 4.0
+"""Seconds that they get when their memory cannot be taken back: what comes then is worse than a VMM kept waiting."""
 
 MEMORY_ADVICE = (
     "guest memory is not shared with vmmblk: start QEMU with"
@@ -84,29 +88,6 @@ class ServerOptions:
     serial: str = ""
     queue_size: int = 256
     cache: Literal["writeback", "writethrough"] = "writeback"
-
-
-class DrainBudget:
-    """How long a drain may take: ``limit`` seconds in all for drains that follow each other within ``calm`` seconds."""
-
-    def __init__(self, limit: float = DRAIN_LIMIT, calm: float = 1.0) -> None:
-        self._limit = limit
-        self._calm = calm
-        self._spent = 0.0
-        self._began = 0.0
-        self._ended = float("-inf")
-
-    def begin(self, now: float) -> float:
-        """A drain begins; returns when it must be over."""
-        if now - self._ended > self._calm:
-            self._spent = 0.0
-        self._began = now
-        return now + max(0.0, self._limit - self._spent)
-
-    def end(self, now: float) -> None:
-        """It is over."""
-        self._spent += now - self._began
-        self._ended = now
 
 
 class Server:
@@ -132,7 +113,8 @@ class Server:
         self._pci = PciFunction(self._device, self._core)
         self._worker = Worker(block, self._queues, _serial(block, options), self)
         self._transport: Transport | None = None
-        self._budget = DrainBudget()
+        self._pinned = block.pins_memory and not block.bounce
+        self._budget = DrainBudget(PINNED_DRAIN_LIMIT if self._pinned else DRAIN_LIMIT)
         self._deadline: float | None = None
         self._quiescing = False
         self._resetting_queues: set[int] = set()
@@ -432,13 +414,13 @@ class Server:
 
     def _take_memory_back(self) -> None:
         busy = self._core.busy
-        if self._block.pins_memory and not self._block.bounce:
+        if self._pinned:
             if self._quiescing:
                 log.error("%d requests have not ended and hold guest memory: the connection is closed", busy)
                 self._drop()
             return
         self._budget.end(time.monotonic())
-        log.warning("%d requests have not ended within %g s: their memory is taken back", busy, DRAIN_LIMIT)
+        log.warning("%d requests have not ended within %g s: their memory is taken back", busy, self._budget.limit)
         try:
             self._core.orphan()
         except OSError as error:

@@ -24,6 +24,7 @@ import functools
 import logging
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -32,8 +33,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vmmblk._vfu import ffi, lib
+from vmmblk.budget import LogBudget
 from vmmblk.memory import Region
-from vmmblk.worker import LogBudget
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +49,7 @@ CONFIG_REGION = 7
 PATIENCE = 5.0
 """Seconds that a client gets to send the rest of a message."""
 
+_SYNCHRONOUS = {signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
 _BACKLOG = 16  # clients that may knock at once; the library's own 0 makes a non-blocking connect() fail
 _BURST = 256  # messages handled before the other descriptors are looked at
 _SYSLOG_LEVELS = (logging.CRITICAL, logging.CRITICAL, logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO)
@@ -194,6 +196,8 @@ class Transport:
     # -- the thread
 
     def _loop(self) -> None:
+        # the library takes a send that a signal cut short for a broken connection
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _SYNCHRONOUS)
         try:
             while not self._stopping:
                 self._turn()

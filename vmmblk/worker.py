@@ -15,10 +15,10 @@ import dataclasses
 import logging
 import mmap
 import threading
-import time
 from typing import TYPE_CHECKING, Protocol
 
 from vmmblk.block import Block, Buffers, Operation, SupportsDiscard, SupportsFlush, SupportsWriteZeroes, operations
+from vmmblk.budget import LogBudget
 from vmmblk.errors import BadRequest, BlockError, status_of
 from vmmblk.request import Discard, Flush, GetId, Limits, Read, Request, Write, WriteZeroes, parse, parse_ranges
 from vmmblk.ring import Chain, CorruptRing, Queue, UnreachableRing
@@ -27,7 +27,7 @@ from vmmblk.spec import BLK_ID_BYTES, SECTOR_SIZE, RequestType, Status
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 
-__all__ = ["LogBudget", "Supervisor", "Worker"]
+__all__ = ["Supervisor", "Worker"]
 
 log = logging.getLogger("vmmblk.worker")
 
@@ -41,8 +41,6 @@ _BUGS = (Exception, asyncio.CancelledError, SystemExit)
 Outcome = tuple[Status, int]
 """Status, and how many leading bytes of the device-writable data were written."""
 
-Cause = BaseException | None
-
 
 class Supervisor(Protocol):
     """Who is told when a ring fails; called from the worker's thread."""
@@ -52,37 +50,6 @@ class Supervisor(Protocol):
 
     def memory_not_shared(self) -> None:
         """Guest memory seems not to be shared with us."""
-
-
-class LogBudget:
-    """How often something that a guest can cause may be logged: ``burst`` times, then once in ``seconds``."""
-
-    def __init__(self, burst: int = 10, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._burst = burst
-        self._seconds = seconds
-        self._clock = clock
-        self._tokens = float(burst)
-        self._last = clock()
-        self.suppressed = 0
-        """Messages swallowed since the last that was allowed."""
-
-    def allows(self) -> bool:
-        """Whether to log now."""
-        now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._last) / self._seconds)
-        self._last = now
-        if self._tokens < 1:
-            self.suppressed += 1
-            return False
-        self._tokens -= 1
-        return True
-
-    def log(self, logger: logging.Logger, level: int, message: str, *arguments: object, cause: Cause = None) -> None:
-        """Log a message, with the traceback of ``cause``, unless there were too many; and tell of those swallowed."""
-        if self.allows():
-            also = f" ({self.suppressed} more were not logged)" if self.suppressed else ""
-            self.suppressed = 0
-            logger.log(level, message + also, *arguments, exc_info=cause)
 
 
 class Worker:

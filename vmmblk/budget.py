@@ -1,0 +1,71 @@
+"""Bounds on what others can cause: how much they can have logged, how long they can make the transport wait.
+
+Pure: whoever asks brings the time.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Callable
+
+__all__ = ["DrainBudget", "LogBudget"]
+
+
+class LogBudget:
+    """How often something that a guest can cause may be logged: ``burst`` times, then once in ``seconds``."""
+
+    def __init__(self, burst: int = 10, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._burst = burst
+        self._seconds = seconds
+        self._clock = clock
+        self._tokens = float(burst)
+        self._last = clock()
+        self.suppressed = 0
+        """Messages swallowed since the last that was allowed."""
+
+    def allows(self) -> bool:
+        """Whether to log now."""
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._last) / self._seconds)
+        self._last = now
+        if self._tokens < 1:
+            self.suppressed += 1
+            return False
+        self._tokens -= 1
+        return True
+
+    def log(
+        self, logger: logging.Logger, level: int, message: str, *arguments: object, cause: BaseException | None = None
+    ) -> None:
+        """Log a message, with the traceback of ``cause``, unless there were too many; and tell of those swallowed."""
+        if self.allows():
+            also = f" ({self.suppressed} more were not logged)" if self.suppressed else ""
+            self.suppressed = 0
+            logger.log(level, message + also, *arguments, exc_info=cause)
+
+
+class DrainBudget:
+    """How long a drain may take: ``limit`` seconds in all for drains that follow each other within ``calm`` seconds."""
+
+    def __init__(self, limit: float, calm: float = 1.0) -> None:
+        self.limit = limit
+        self._calm = calm
+        self._spent = 0.0
+        self._began = 0.0
+        self._ended = float("-inf")
+
+    def begin(self, now: float) -> float:
+        """A drain begins; returns when it must be over."""
+        if now - self._ended > self._calm:
+            self._spent = 0.0
+        self._began = now
+        return now + max(0.0, self.limit - self._spent)
+
+    def end(self, now: float) -> None:
+        """It is over."""
+        self._spent += now - self._began
+        self._ended = now
