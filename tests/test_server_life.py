@@ -301,10 +301,10 @@ def process_state() -> tuple[int, int, int]:
 
 
 def assert_no_growth(before: tuple[int, int, int], after: tuple[int, int, int]) -> None:
-    """No more descriptors and threads; the allocator may have mapped something more, once."""
+    """No more descriptors and threads; the allocator may have mapped a little more, for threads that met in it."""
     assert after[0] <= before[0]
     assert after[1] <= before[1]
-    assert after[2] <= before[2] + 3
+    assert after[2] <= before[2] + 8
 
 
 def test_attaching_again_and_again_leaks_nothing(serve: Serve) -> None:
@@ -325,7 +325,7 @@ def test_attaching_again_and_again_leaks_nothing(serve: Serve) -> None:
 def test_starting_and_stopping_leaks_nothing(tmp_path: Path) -> None:
     """Servers come and go: no descriptor, thread or mapping stays."""
     states = []
-    for _ in range(20):
+    for _ in range(30):
         server = Server(tmp_path / "s", prepare(Memory(64)), ServerOptions())
         server.start()
         works(tmp_path / "s")
@@ -463,6 +463,32 @@ def test_a_client_that_vanishes(serve: Serve, logs: Logs, vanish: Callable[[Path
             states.append(process_state())
     assert_no_growth(states[1], states[-1])
     assert len([record for record in logs.records if record.levelname != "INFO"]) < 60
+
+
+def test_who_waits_for_the_end_of_a_lost_client_costs_nothing(
+    serve: Serve, logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a lost client's requests drain the next one waits in the queue of the socket, and nobody spins."""
+    logs.allow(ANYTHING)
+    turns: list[None] = []
+    turn = vfio_user.Transport._turn
+    monkeypatch.setattr(vfio_user.Transport, "_turn", lambda transport: (turns.append(None), turn(transport))[1])
+    disk = Disk()
+    disk.held.add("read")
+    served = serve(disk)
+    with attach(served.path) as v:
+        v.submit(RequestType.IN, 0, data_in=512)
+        v.kick()
+        disk.wait_for("read")
+        v.connection.send(Command.DMA_UNMAP, wire.encode_dma_unmap(0, v.memory.size))
+        until(lambda: served.server._transport._pending)  # type: ignore[union-attr]
+    with dial(served.path) as raw:
+        raw.sendall(version())
+        before = len(turns)
+        assert not select.select([raw], [], [], 0.3)[0]
+        assert len(turns) - before < 20
+        disk.release()
+        assert raw.recv(16)
 
 
 def test_stop_with_a_client_connected(serve: Serve) -> None:
@@ -627,8 +653,34 @@ BAD_MESSAGES: dict[str, tuple[bytes, int]] = {
 }
 
 
-def send_bad(connection: Connection, data: bytes, fds: int) -> None:
-    """Send it, then ask something that has an answer; the server answers both or hangs up."""
+HARMLESS = {
+    "flags-all",
+    "region-info-huge",
+    "map-odd",
+    "map-past-the-file",
+    "map-odd-offset",
+    "map-no-flags",
+    "map-no-fd",
+    "map-two-fds",
+    "map-many-fds",
+    "map-too-many-fds",
+    "read-nothing",
+    "write-nothing",
+    "write-with-fds",
+    "irqs-bool",
+    "irqs-mask-msix",
+    "reset-with-data",
+    "reset-with-fds",
+}
+"""Those that may also be taken for good."""
+
+
+def send_bad(connection: Connection, data: bytes, fds: int) -> bool:
+    """Send it, then ask something that has an answer; the server answers both or hangs up.
+
+    True if it refused the message: with an error, or by hanging up.
+    """
+    refused = False
     with tempfile.TemporaryFile() as file:
         file.truncate(MIB)
         with contextlib.suppress(ConnectionError):
@@ -639,8 +691,10 @@ def send_bad(connection: Connection, data: bytes, fds: int) -> None:
                 reply = connection.receive(STOP_SECONDS)
                 for fd in reply.fds:
                     os.close(fd)
+                refused |= bool(reply.header.flags & HeaderFlag.ERROR)
                 if reply.header.command == Command.DEVICE_GET_INFO and not reply.header.flags & HeaderFlag.ERROR:
-                    break
+                    return refused
+    return True
 
 
 @pytest.mark.parametrize("name", BAD_MESSAGES)
@@ -654,7 +708,7 @@ def test_bad_messages(serve: Serve, logs: Logs, name: str) -> None:
     for _ in range(4):
         for _ in range(2):
             with Connection(served.path) as connection:
-                send_bad(connection, message, fds)
+                assert send_bad(connection, message, fds) or name in HARMLESS
             until(lambda: not served.server._transport._connected)  # type: ignore[union-attr]
         states.append(process_state())
         works(served.path)
