@@ -29,19 +29,34 @@ if TYPE_CHECKING:
 
     from vmmblk.memory import Core
 
-__all__ = ["Chain", "CorruptRing", "Queue", "UnreachableRing"]
+__all__ = ["Chain", "CorruptRing", "LostMemory", "Queue", "RingFailure", "UnreachableRing"]
 
 _FLAG_NO_STATUS: int = lib.VMM_CHAIN_NO_STATUS
 _FLAG_UNREACHABLE: int = lib.VMM_CHAIN_UNREACHABLE
 _FLAG_NO_FD: int = lib.VMM_CHAIN_NO_FD
 
 
-class CorruptRing(Exception):
+class RingFailure(Exception):
+    """A ring can be served no more, until the queue is stopped."""
+
+
+class CorruptRing(RingFailure):
     """The driver's ring breaks a rule; only a reset repairs that."""
 
 
-class UnreachableRing(Exception):
+class UnreachableRing(RingFailure):
     """The ring lies in guest memory that came without a file descriptor, so it cannot be reached."""
+
+
+class LostMemory(RingFailure):
+    """Guest memory is gone: the file behind it was truncated, or its file system is full."""
+
+
+_FAILURES: dict[int, type[RingFailure]] = {
+    -errno.EPROTO: CorruptRing,
+    -errno.EFAULT: UnreachableRing,
+    -errno.EIO: LostMemory,
+}
 
 
 @dataclass(slots=True)
@@ -104,7 +119,7 @@ class Queue:
         """Start from position 0; ``desc``, ``driver``, ``device`` are the areas' IOVAs ("Virtqueue Configuration").
 
         Raises: OSError - EINVAL (size, or started already), EPROTO (misaligned), ENOENT (outside guest memory),
-        EFAULT (in memory that came without a file descriptor), ENOMEM.
+        EFAULT (in memory that came without a file descriptor), EIO (guest memory is gone), ENOMEM.
         """
         config = ffi.new(
             "struct vmm_queue_config *", (size, vector, desc, driver, device, event_idx, indirect)
@@ -157,13 +172,11 @@ class Queue:
     def pop(self) -> list[Chain]:
         """Take up to BATCH chains; with fewer, a doorbell will announce the next.
 
-        Raises: CorruptRing, UnreachableRing; both stay until the queue is stopped.
+        Raises: CorruptRing, UnreachableRing, LostMemory; they stay until the queue is stopped.
         """
         n = lib.vmm_queue_pop(self._handle, self._chains, self.BATCH)
-        if n == -errno.EFAULT:
-            raise UnreachableRing(f"queue {self.index}")
         if n < 0:
-            raise CorruptRing(f"queue {self.index}")
+            raise _FAILURES[n](f"queue {self.index}")
         return [self._chain(self._chains[i]) for i in range(n)]
 
     def _chain(self, c: ffi.CData) -> Chain:

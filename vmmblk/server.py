@@ -52,7 +52,7 @@ from vmmblk.pci import (
     PciFunction,
 )
 from vmmblk.request import Limits, SegmentLimits
-from vmmblk.ring import Queue, UnreachableRing
+from vmmblk.ring import LostMemory, Queue, RingFailure, UnreachableRing
 from vmmblk.spec import BLK_ID_BYTES, NO_VECTOR, SECTOR_SIZE
 from vmmblk.vfio_user import CONFIG_REGION, Layout, Transport
 from vmmblk.worker import Worker
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-__all__ = ["DRAIN_LIMIT", "MEMORY_ADVICE", "PINNED_DRAIN_LIMIT", "Server", "ServerOptions"]
+__all__ = ["DRAIN_LIMIT", "MEMORY_ADVICE", "MEMORY_GONE", "PINNED_DRAIN_LIMIT", "Server", "ServerOptions"]
 
 log = logging.getLogger("vmmblk.server")
 
@@ -74,6 +74,11 @@ PINNED_DRAIN_LIMIT = 4.0
 MEMORY_ADVICE = (
     "guest memory is not shared with vmmblk: start QEMU with"
     " -object memory-backend-memfd,id=mem,size=<as -m>,share=on -machine memory-backend=mem"
+)
+
+MEMORY_GONE = (
+    "guest memory is gone: the file behind it was truncated, or its file system is full;"
+    " use -object memory-backend-memfd, or make room in the file system"
 )
 
 
@@ -287,7 +292,7 @@ class Server:
 
     # -- what the worker reports (Supervisor), from its thread
 
-    def ring_failed(self, queue: Queue, start: int, error: Exception) -> None:
+    def ring_failed(self, queue: Queue, start: int, error: RingFailure) -> None:
         """A ring is corrupt or out of reach: only a reset repairs that."""
         if self._transport is not None:
             self._transport.call(lambda: self._ring_failed(queue, start, error))
@@ -298,11 +303,13 @@ class Server:
             self._advised = True
             self._advice_log.log(log, logging.ERROR, "%s", MEMORY_ADVICE)
 
-    def _ring_failed(self, queue: Queue, start: int, error: Exception) -> None:
+    def _ring_failed(self, queue: Queue, start: int, error: RingFailure) -> None:
         if queue.starts != start or not self._device.live:
             return  # it has been reset meanwhile
         if isinstance(error, UnreachableRing):
             self.memory_not_shared()
+        elif isinstance(error, LostMemory):
+            self._guest_log.log(log, logging.ERROR, MEMORY_GONE)
         else:
             message = "queue %d is corrupt: the device needs a reset"
             self._guest_log.log(log, logging.INFO, message, queue.index)
@@ -352,6 +359,8 @@ class Server:
         except OSError as error:
             if error.errno == errno.EFAULT:
                 self.memory_not_shared()
+            elif error.errno == errno.EIO:
+                self._guest_log.log(log, logging.ERROR, MEMORY_GONE)
             else:
                 self._guest_log.log(log, logging.INFO, "%s: the device needs a reset", error.strerror)
             self._apply(self._device.needs_reset())

@@ -21,7 +21,7 @@ from vmmblk.block import Block, Buffers, Operation, SupportsDiscard, SupportsFlu
 from vmmblk.budget import LogBudget
 from vmmblk.errors import BadRequest, BlockError, status_of
 from vmmblk.request import Discard, Flush, GetId, Limits, Read, Request, Write, WriteZeroes, parse, parse_ranges
-from vmmblk.ring import Chain, CorruptRing, Queue, UnreachableRing
+from vmmblk.ring import Chain, Queue, RingFailure
 from vmmblk.spec import BLK_ID_BYTES, SECTOR_SIZE, RequestType, Status
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ Outcome = tuple[Status, int]
 class Supervisor(Protocol):
     """Who is told when a ring fails; called from the worker's thread."""
 
-    def ring_failed(self, queue: Queue, start: int, error: Exception) -> None:
-        """``queue``, in its ``start``-th life, is corrupt (CorruptRing) or out of reach (UnreachableRing)."""
+    def ring_failed(self, queue: Queue, start: int, error: RingFailure) -> None:
+        """``queue``, in its ``start``-th life, can be served no more."""
 
     def memory_not_shared(self) -> None:
         """Guest memory seems not to be shared with us."""
@@ -150,7 +150,7 @@ class Worker:
         start = queue.starts
         try:
             chains = queue.pop()
-        except (CorruptRing, UnreachableRing) as error:
+        except RingFailure as error:
             self._supervisor.ring_failed(queue, start, error)
             return
         for chain in chains:

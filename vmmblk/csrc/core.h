@@ -75,6 +75,7 @@ struct vmm_region {
 	uint8_t *map_base;		/* start of the core's mapping; addr lies in it */
 	size_t map_len;
 	size_t page_size;
+	int guard;			/* its entry in the table of the SIGBUS handler */
 	void *source;			/* the transport's mapping, for making a fresh alias */
 };
 
@@ -139,6 +140,8 @@ struct vmm_queue {
 	int broken;			/* what every pop answers until the queue is stopped, 0 while all is well */
 	bool parked;			/* its areas are not mapped at the moment */
 	bool starved;			/* chains wait until others have completed */
+	bool lost;			/* some of guest memory is gone: what moved since is nobody's */
+	uint32_t holes;			/* what vmm_sigbus_holes() said when that was looked at */
 	uint32_t pause;
 	uint32_t epoch;			/* counts starts */
 	uint32_t in_flight, orphans, untold;
@@ -172,8 +175,8 @@ struct vmm_device {
 
 /* memory.c */
 void vmm_sigbus_install(void);
-bool vmm_sigbus_guard(uint8_t *base, size_t len, size_t page_size);
-void vmm_sigbus_forget(uint8_t *base);
+uint32_t vmm_sigbus_holes(void);
+bool vmm_memory_holed(const struct vmm_memory *m);
 struct vmm_region *vmm_region_find(struct vmm_memory *m, uint64_t iova);
 uint8_t *vmm_translate(struct vmm_memory *m, uint64_t iova, uint64_t len, int prot);
 int vmm_memory_map(struct vmm_memory *m, uint64_t iova, uint64_t size, uint64_t vaddr, uint64_t map_base,

@@ -23,7 +23,9 @@ static struct {
 	_Atomic(uintptr_t) base;
 	atomic_size_t len;
 	atomic_size_t page_size;
+	atomic_bool hole;
 } guards[GUARDS];
+static atomic_uint holes;
 static struct sigaction previous_sigbus;
 static pthread_once_t sigbus_once = PTHREAD_ONCE_INIT;
 
@@ -40,8 +42,12 @@ static bool fill_hole(uintptr_t fault, int code)
 		size_t rest = base + len - from;
 		/* past the end of a file everything above is a hole too; a poisoned page is only itself */
 		size_t size = code == BUS_ADRERR || page > rest ? rest : page;
-		return mmap((void *)from, size, PROT_READ | PROT_WRITE,
-			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+		if (mmap((void *)from, size, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
+			return false;
+		atomic_store(&guards[i].hole, true);
+		atomic_fetch_add(&holes, 1);
+		return true;
 	}
 	return false;
 }
@@ -75,20 +81,28 @@ void vmm_sigbus_install(void)
 	pthread_once(&sigbus_once, install);
 }
 
-bool vmm_sigbus_guard(uint8_t *base, size_t len, size_t page_size)
+/* How many holes have been covered so far, in all. */
+uint32_t vmm_sigbus_holes(void)
+{
+	return atomic_load(&holes);
+}
+
+/* Guard a mapping; the number of its entry, or -1. */
+static int guard(uint8_t *base, size_t len, size_t page_size)
 {
 	for (int i = 0; i < GUARDS; i++) {
 		uintptr_t free_entry = 0;
 		if (!atomic_compare_exchange_strong(&guards[i].base, &free_entry, (uintptr_t)base))
 			continue;
 		atomic_store(&guards[i].page_size, page_size);
+		atomic_store(&guards[i].hole, false);
 		atomic_store(&guards[i].len, len);
-		return true;
+		return i;
 	}
-	return false;
+	return -1;
 }
 
-void vmm_sigbus_forget(uint8_t *base)
+static void forget_guard(uint8_t *base)
 {
 	for (int i = 0; i < GUARDS; i++) {
 		if (atomic_load(&guards[i].base) == (uintptr_t)base) {
@@ -128,7 +142,16 @@ uint8_t *vmm_translate(struct vmm_memory *m, uint64_t iova, uint64_t len, int pr
 	return len <= r->size - offset ? r->addr + offset : NULL;
 }
 
-static uint8_t *make_alias(void *source, size_t len, size_t page_size)
+/* Whether anonymous memory had to stand in for some of what the guest and we share. */
+bool vmm_memory_holed(const struct vmm_memory *m)
+{
+	for (uint32_t i = 0; i < m->count; i++)
+		if (m->regions[i].addr && atomic_load(&guards[m->regions[i].guard].hole))
+			return true;
+	return false;
+}
+
+static uint8_t *make_alias(void *source, size_t len, size_t page_size, int *entry)
 {
 	/* an old length of 0 makes a second mapping of the same shared pages and leaves the first alone */
 	uint8_t *base = mremap(source, 0, len, MREMAP_MAYMOVE);
@@ -136,7 +159,8 @@ static uint8_t *make_alias(void *source, size_t len, size_t page_size)
 	if (base == MAP_FAILED)
 		return NULL;
 	madvise(base, len, MADV_DONTDUMP);
-	if (!vmm_sigbus_guard(base, len, page_size)) {
+	*entry = guard(base, len, page_size);
+	if (*entry < 0) {
 		munmap(base, len);
 		errno = ENOSPC;
 		return NULL;
@@ -178,7 +202,7 @@ int vmm_memory_map(struct vmm_memory *m, uint64_t iova, uint64_t size, uint64_t 
 		if (!page_size || page_size & (page_size - 1))
 			return -EINVAL;
 		r.source = (void *)(uintptr_t)map_base;
-		r.map_base = make_alias(r.source, map_len, page_size);
+		r.map_base = make_alias(r.source, map_len, page_size, &r.guard);
 		if (!r.map_base)
 			return -errno;
 		r.map_len = map_len;
@@ -223,18 +247,20 @@ int vmm_memory_unmap(struct vmm_memory *m, uint64_t iova, uint64_t size, uint32_
 int vmm_alias_swap(struct vmm_memory *m, struct vmm_region *r, uint8_t *stand_in, struct vmm_alias *out)
 {
 	uint32_t old = r->alias;
-	uint8_t *fresh = make_alias(r->source, r->map_len, r->page_size);
+	int entry;
+	uint8_t *fresh = make_alias(r->source, r->map_len, r->page_size, &entry);
 
 	if (!fresh)
 		return -errno;
 	if (mremap(stand_in, r->map_len, r->map_len, MREMAP_MAYMOVE | MREMAP_FIXED, r->map_base) == MAP_FAILED) {
 		int error = errno;
-		vmm_sigbus_forget(fresh);
+		forget_guard(fresh);
 		munmap(fresh, r->map_len);
 		return -error;
 	}
 	r->addr = fresh + (r->addr - r->map_base);
 	r->map_base = fresh;
+	r->guard = entry;
 	r->alias = ++m->next_alias;
 	m->generation++;
 	describe(r, old, out);
@@ -246,6 +272,6 @@ void vmm_alias_release(uint64_t map_base, uint64_t map_len)
 {
 	uint8_t *base = (uint8_t *)(uintptr_t)map_base;
 
-	vmm_sigbus_forget(base);
+	forget_guard(base);
 	munmap(base, map_len);
 }

@@ -106,6 +106,21 @@ static int find_areas(struct vmm_queue *q)
 	return 0;
 }
 
+/*
+ * Behind a hole in guest memory (see memory.c) is memory that nobody else sees, so neither rings nor data can be
+ * trusted any more, until the driver has been told and the memory has been mapped anew.
+ */
+static bool memory_lost(struct vmm_queue *q)
+{
+	uint32_t holes = vmm_sigbus_holes();
+
+	if (q->holes != holes) {
+		q->holes = holes;
+		q->lost = q->lost || vmm_memory_holed(&q->device->memory);
+	}
+	return q->lost;
+}
+
 /* The host address of len bytes at an offset in an area. */
 static void *at(struct vmm_queue *q, const struct area *a, uint64_t offset, size_t len)
 {
@@ -465,6 +480,10 @@ static bool areas_found(struct vmm_queue *q)
 
 static bool complete_live(struct vmm_queue *q, struct slot *s, uint32_t status, uint32_t written)
 {
+	if (memory_lost(q)) {	/* maybe the data went into a hole */
+		status = STATUS_IOERR;
+		written = 0;
+	}
 	bool told = awaited(q, s) && areas_found(q) && put_used(q, s->head, put_status(q, s, status, written));
 
 	q->in_flight--;
@@ -594,7 +613,7 @@ int vmm_queue_complete(struct vmm_queue *q, const struct vmm_completion *done, i
 	if (told)
 		interrupt = publish_used(q, old);
 	orphans_ended = orphans && !atomic_load(&q->device->orphans);
-	starved = q->starved;
+	starved = q->starved || (q->lost && !q->broken);
 	q->starved = false;
 	if (!interrupt)
 		tell_drained(q);
@@ -604,7 +623,7 @@ int vmm_queue_complete(struct vmm_queue *q, const struct vmm_completion *done, i
 		send_interrupt(q);
 	if (orphans_ended)
 		kick_all(q->device);
-	else if (starved)
+	else if (starved)		/* the next pop goes on, or tells what is wrong */
 		eventfd_write(q->kick_fd, 1);
 	return told;
 }
@@ -679,8 +698,8 @@ corrupt:
 
 /*
  * Pop up to max chains.  0: none, and a doorbell will come; max: there may be more.  -EPROTO: the ring is corrupt,
- * -EFAULT: it lies in memory without a file descriptor; both stay until the queue is stopped.  A queue whose areas
- * are not mapped at the moment is parked: 0, and it is looked at again after the next map.
+ * -EFAULT: it lies in memory without a file descriptor, -EIO: guest memory is gone; they stay until the queue is
+ * stopped.  A queue whose areas are not mapped at the moment is parked: 0, and it is looked at again after the next map.
  */
 int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
 {
@@ -690,6 +709,8 @@ int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
 	pthread_mutex_lock(&q->lock);
 	if (!q->started || q->pause || atomic_load(&q->device->orphans))
 		goto out;
+	if (!q->broken && memory_lost(q))
+		q->broken = -EIO;
 	if (!q->broken && q->generation != q->device->memory.generation) {
 		int error = find_areas(q);
 		q->parked = error == -ENOENT;
@@ -700,6 +721,8 @@ int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
 	if (q->untold && !q->broken)
 		interrupt = tell_ended(q);
 	n = q->broken ? q->broken : pop_available(q, out, max);
+	if (n <= 0 && memory_lost(q))
+		n = q->broken = -EIO;
 out:
 	pthread_mutex_unlock(&q->lock);
 	if (interrupt)
@@ -731,7 +754,8 @@ bool vmm_queue_looks_unshared(struct vmm_queue *q)
 
 /*
  * Start a stopped queue from position 0.  -EINVAL: impossible size or already started; -EPROTO: misaligned areas;
- * -ENOENT: an area outside guest memory; -EFAULT: in memory without a file descriptor; -ENOMEM.
+ * -ENOENT: an area outside guest memory; -EFAULT: in memory without a file descriptor; -EIO: guest memory is gone;
+ * -ENOMEM.
  */
 int vmm_queue_start(struct vmm_queue *q, const struct vmm_queue_config *config)
 {
@@ -748,6 +772,11 @@ int vmm_queue_start(struct vmm_queue *q, const struct vmm_queue_config *config)
 	if (config->desc % 16 || config->driver % 2 || config->device % 4)
 		goto out;
 	q->config = *config;
+	q->holes = vmm_sigbus_holes();
+	q->lost = false;
+	error = -EIO;
+	if (vmm_memory_holed(&q->device->memory))
+		goto out;
 	q->desc = (struct area){ .iova = config->desc, .len = 16ull * n };
 	q->driver = (struct area){ .iova = config->driver, .len = avail_size(n) };
 	q->used = (struct area){ .iova = config->device, .len = used_size(n) };
