@@ -461,6 +461,25 @@ def test_the_end_of_an_orphan_counts_as_a_drain(rig: Rig) -> None:
     rig.core.resume(Pause.QUIESCE)
 
 
+@pytest.mark.parametrize("reason", [Pause.QUIESCE, Pause.RESET, Pause.BUS_MASTER])
+def test_an_orphan_that_ends_while_its_queue_is_paused_is_told_afterwards(rig: Rig, reason: int) -> None:
+    """An orphan does not count as busy, so nothing of it touches the ring or interrupts until the queue resumes."""
+    head = rig.request(room=512)
+    chain = rig.pop_one()
+    rig.core.set_msix(on=False)
+    rig.core.pause(reason)
+    rig.core.orphan()
+    assert rig.core.busy == 0
+    rig.complete(chain, written=512)
+    assert rig.ring.get_used() == []
+    assert (rig.core.peek(), rig.vectors, rig.core.orphans) == (0, [], 0)
+    rig.core.resume(reason)
+    assert rig.kicked()
+    assert rig.queue.pop() == []
+    assert rig.ring.get_used() == [(head, 1)]
+    assert rig.core.peek() == 1
+
+
 def test_a_queue_that_was_not_paused_waits_while_memory_is_taken_back(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

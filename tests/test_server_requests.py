@@ -533,6 +533,28 @@ def test_a_write_across_a_cache_switch_completes(serve: Serve) -> None:
         assert v.wait(pending).status == Status.OK
 
 
+def test_switching_the_cache_often_costs_few_flushes(serve: Serve) -> None:
+    """However often a guest switches the cache off while a flush runs, only one more waits; what it wrote is stable."""
+    disk = CachedDisk()
+    served = serve(disk)
+    with attach(served.path) as v:
+        v.write(0, bytes(512))
+        disk.held.add("flush")
+        for _ in range(20):
+            v.writeback = False
+            v.writeback = True
+        disk.wait_for("flush")
+        v.write(0, PATTERN[:512])
+        v.writeback = False
+        served.settle()
+        assert disk.count("flush") == 1
+        disk.release()
+        disk.wait_for("flush", 2)
+        until(lambda: disk.stable[:512] == PATTERN[:512])
+        served.settle()
+        assert disk.count("flush") == 2
+
+
 def test_a_flush_that_fails_is_not_ok(serve: Serve, logs: Logs) -> None:
     """What promised durability and could not keep it gets IOERR (BLK-071)."""
     disk = CachedDisk()

@@ -11,6 +11,7 @@ to a :class:`Supervisor`, from the worker's thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import mmap
@@ -69,6 +70,8 @@ class Worker:
         self._address_mask = block.buffer_alignment - 1
         self._length_mask = (self._sector_size - 1) | self._address_mask
         self._write_cache = False
+        self._flush_due = False
+        self._flushing = False
         self._limits = Limits(0)
         self._done: dict[int, list[tuple[int, int, int]]] = {queue.index: [] for queue in queues}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -94,8 +97,10 @@ class Worker:
 
         Turning it off flushes: a driver that sees write-through may never send a flush for what it wrote before.
         """
-        if self._write_cache and not on and self._flushable is not None:
-            self._loop.call_soon_threadsafe(self._spawn, self._flush_quietly())
+        if self._write_cache and not on and not self._flush_due and self._flushable is not None:
+            self._flush_due = True  # a guest may switch as often as it likes: one flush runs, one more may wait
+            with contextlib.suppress(RuntimeError):  # the worker has ended, and flushed
+                self._loop.call_soon_threadsafe(self._flush_soon)
         self._write_cache = on
 
     def stop(self, timeout: float) -> bool:
@@ -131,6 +136,17 @@ class Worker:
         await asyncio.sleep(0)  # completions of the last tasks are sent in a turn of their own
         await self._flush_quietly()
         await _attempt("disconnecting", self._block.disconnect)
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._spawn(self._flush_while_due())
+
+    async def _flush_while_due(self) -> None:
+        while self._flush_due:
+            self._flush_due = False
+            await self._flush_quietly()
+        self._flushing = False
 
     async def _flush_quietly(self) -> None:
         if self._flushable is not None:

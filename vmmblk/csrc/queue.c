@@ -244,7 +244,7 @@ static void unreachable(struct walk *w, const struct vmm_region *r)
 		w->chain->flags |= VMM_CHAIN_NO_FD;
 }
 
-static void add_piece(struct walk *w, const struct vmm_region *r, uint64_t offset, uint32_t len, bool joins)
+static bool add_piece(struct walk *w, const struct vmm_region *r, uint64_t offset, uint32_t len, bool joins)
 {
 	struct slot *s = w->slot;
 
@@ -252,14 +252,15 @@ static void add_piece(struct walk *w, const struct vmm_region *r, uint64_t offse
 		struct vmm_seg *last = &s->segs[s->nr_segs - 1];
 		if (last->alias == r->alias && last->offset + last->len == offset && last->len + (uint64_t)len <= UINT32_MAX) {
 			last->len += len;
-			return;
+			return true;
 		}
 	}
 	if (s->nr_segs == s->max_segs && !grow_segs(s, chain_limit(w->q) + VMM_SEGS_SLACK)) {
 		unreachable(w, NULL);
-		return;
+		return false;
 	}
 	s->segs[s->nr_segs++] = (struct vmm_seg){ .alias = r->alias, .len = len, .offset = offset };
+	return true;
 }
 
 /* Add [iova, iova + len) to the data, over however many regions it lies. */
@@ -270,6 +271,8 @@ static void add_data(struct walk *w, uint64_t iova, uint64_t len, bool write)
 	bool joins = write ? w->chain->writable > 0 : w->chain->readable > 0;
 
 	*total += len;
+	if (w->chain->flags & VMM_CHAIN_UNREACHABLE)
+		return;		/* nobody will look at the data, and a walk over many regions takes long */
 	while (len) {
 		struct vmm_region *r = vmm_region_find(w->m, iova);
 		if (!r || !r->addr || (r->prot & prot) != prot) {
@@ -278,7 +281,8 @@ static void add_data(struct walk *w, uint64_t iova, uint64_t len, bool write)
 		}
 		uint64_t offset = iova - r->iova;
 		uint64_t part = r->size - offset < len ? r->size - offset : len;
-		add_piece(w, r, offset, (uint32_t)part, joins);
+		if (!add_piece(w, r, offset, (uint32_t)part, joins))
+			return;
 		joins = true;
 		iova += part;
 		len -= part;
@@ -494,12 +498,15 @@ static bool complete_live(struct vmm_queue *q, struct slot *s, uint32_t status, 
 /*
  * An orphan's memory was taken back, so its data went nowhere and nobody can say what was done.  If its queue has not
  * been reset since, the driver still waits for it and is told so, now or, if the ring or the status byte is not mapped
- * at the moment, after a later map.  False in that case.
+ * at the moment, after a later map.  Nor is a paused queue's ring touched: the transport may have said that it is not.
+ * False in those cases.
  */
 static bool tell_orphan(struct vmm_queue *q, const struct slot *s, bool *told)
 {
 	if (!awaited(q, s))
 		return true;
+	if (q->pause & (VMM_PAUSE_QUIESCE | VMM_PAUSE_RESET | VMM_PAUSE_BUS_MASTER))
+		return false;
 	if (!areas_found(q) || (s->has_status && !vmm_translate(&q->device->memory, s->status_iova, 1, PROT_WRITE)))
 		return false;
 	*told |= put_used(q, s->head, put_status(q, s, STATUS_IOERR, 0));
