@@ -476,7 +476,7 @@ def test_an_orphan_that_ends_while_its_queue_is_paused_is_told_afterwards(rig: R
     rig.core.resume(reason)
     assert rig.kicked()
     assert rig.queue.pop() == []
-    assert rig.ring.get_used() == [(head, 1)]
+    assert rig.ring.get_used() == [(head, 0)]
     assert rig.core.peek() == 1
 
 
