@@ -109,7 +109,8 @@ class Worker:
         The queues must have been paused.  False if that has not happened within ``timeout`` seconds.
         """
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            with contextlib.suppress(RuntimeError):  # the loop has just ended by itself
+                self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
