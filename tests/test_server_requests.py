@@ -546,6 +546,7 @@ def test_switching_the_cache_often_costs_few_flushes(serve: Serve) -> None:
         disk.wait_for("flush")
         v.write(0, PATTERN[:512])
         v.writeback = False
+        assert not v.writeback  # the answer comes after all that was posted before
         served.settle()
         assert disk.count("flush") == 1
         disk.release()
