@@ -339,6 +339,22 @@ def _hoard(driver: VirtioBlk, disk: Hoarder, *, orphaned: bool) -> Placed:
     return placed
 
 
+def test_a_guest_cannot_fill_the_log_with_orphans(serve: Serve, logs: Logs) -> None:
+    """A guest that resets in a loop, each time with a request in flight, is told of a few times only."""
+    disk = Stalling()
+    served = serve(disk)
+    with attach(served.path) as driver:
+        for count in range(1, 21):
+            with disk.held():
+                driver.submit(RequestType.IN, 0, data_in=512)
+                driver.kick()
+                disk.wait("began", count)
+                driver.init()
+            disk.wait("ended", count)
+            served.settle()
+    assert 1 <= len(logs.matching("taken back")) <= 10
+
+
 def test_orphans_leave_nothing_behind(serve: Serve) -> None:
     """However often a guest makes orphans, the address space that they had is given back."""
     disk = KINDS["plain"]()

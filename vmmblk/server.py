@@ -425,11 +425,14 @@ class Server:
         busy = self._core.busy
         if self._pinned:
             if self._quiescing:
-                log.error("%d requests have not ended and hold guest memory: the connection is closed", busy)
+                message = "%d requests have not ended and hold guest memory: the connection is closed"
+                self._guest_log.log(log, logging.ERROR, message, busy)
                 self._drop()
             return
         self._budget.end(time.monotonic())
-        log.warning("%d requests have not ended within %g s: their memory is taken back", busy, self._budget.limit)
+        # the time left may have been nothing, so a guest that resets in a loop gets here as often as its disk is slow
+        message = "%d requests have not ended in the time that drains have: their memory is taken back"
+        self._guest_log.log(log, logging.WARNING, message, busy)
         try:
             self._core.orphan()
         except OSError as error:
