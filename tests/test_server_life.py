@@ -6,6 +6,7 @@ import array
 import contextlib
 import json
 import os
+import resource
 import select
 import shutil
 import socket
@@ -932,3 +933,76 @@ def test_a_driver_finds_the_server_gone(serve: Serve) -> None:
         v.close()
     with pytest.raises(FileNotFoundError):
         Connection(served.path)
+
+
+# What should not happen.
+
+
+def test_a_transport_that_fails_lets_the_disk_finish(tmp_path: Path, logs: Logs) -> None:
+    """The client is dropped; guest memory stays until the write under way has ended, so that it stores its own data."""
+    logs.expect("the transport failed")
+    disk = Disk()
+    disk.held.add("write")
+    server = Server(tmp_path / "s", prepare(disk), ServerOptions())
+    server.start()
+    with attach(server._path) as v:
+        v.submit(RequestType.OUT, 4, data_out=b"w" * 4096)
+        v.kick()
+        disk.wait_for("write")
+        transport = server._transport
+        assert transport is not None
+        transport.call(lambda: 1 // 0)
+        with pytest.raises((ConnectionError, TimeoutError)):
+            v.connection.region_read(4, 0x14, 1)
+        disk.release()
+        assert server.stop(STOP_SECONDS)
+    assert isinstance(server.failed, ZeroDivisionError)
+    assert disk.data[4 * 512 : 12 * 512] == b"w" * 4096
+
+
+def test_a_start_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    """A disk that raises when it is watched: the socket is gone, and the next server can have its place."""
+
+    class Broken(Memory):
+        def on_resize(self, changed: Callable[[], None]) -> None:  # noqa: ARG002
+            raise RuntimeError("no")
+
+    server = Server(tmp_path / "s", prepare(Memory(64)), ServerOptions())
+    server._block = Broken(64)
+    with pytest.raises(RuntimeError, match="no"):
+        server.start()
+    assert not (tmp_path / "s").exists()
+    again = Server(tmp_path / "s", prepare(Memory(64)), ServerOptions())
+    again.start()
+    works(tmp_path / "s")
+    assert again.stop(STOP_SECONDS)
+
+
+def test_no_descriptors_left(serve: Serve, logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that cannot be accepted are refused without spinning, and who is connected goes on."""
+    logs.expect("a client was refused: Too many open files")
+    logs.allow("a client was refused|failed to rec")  # the second is gone when it could be accepted
+    turns: list[None] = []
+    turn = vfio_user.Transport._turn
+    monkeypatch.setattr(vfio_user.Transport, "_turn", lambda transport: (turns.append(None), turn(transport))[1])
+    served = serve()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with attach(served.path) as v, socket.socket(socket.AF_UNIX) as second:
+        used = max(int(fd.name) for fd in Path("/proc/self/fd").iterdir())
+        spare = []
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, hard))
+            with contextlib.suppress(OSError):
+                while True:
+                    spare.append(os.dup(0))
+            second.connect(str(served.path))
+            logs.wait("a client was refused")
+            before = len(turns)
+            v.write(3, b"w" * 512)
+            assert v.read(3, 512) == b"w" * 512
+            assert len(turns) - before < 100
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in spare:
+                os.close(fd)
+    works(served.path)

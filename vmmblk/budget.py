@@ -49,23 +49,21 @@ class LogBudget:
 
 
 class DrainBudget:
-    """How long a drain may take: ``limit`` seconds in all for drains that follow each other within ``calm`` seconds."""
+    """How long a drain may take: ``limit`` seconds in all for drains in a row; time between them is earned back."""
 
-    def __init__(self, limit: float, calm: float = 1.0) -> None:
+    def __init__(self, limit: float) -> None:
         self.limit = limit
-        self._calm = calm
         self._spent = 0.0
         self._began = 0.0
         self._ended = float("-inf")
 
     def begin(self, now: float) -> float:
         """A drain begins; returns when it must be over."""
-        if now - self._ended > self._calm:
-            self._spent = 0.0
+        self._spent = max(0.0, self._spent - (now - self._ended))
         self._began = now
-        return now + max(0.0, self.limit - self._spent)
+        return now + self.limit - self._spent
 
     def end(self, now: float) -> None:
         """It is over."""
-        self._spent += now - self._began
+        self._spent = min(self.limit, self._spent + now - self._began)
         self._ended = now

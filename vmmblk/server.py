@@ -157,16 +157,13 @@ class Server:
         except ConfigError:
             self._close()
             raise
-        self._inode = _inode(self._path)
-        self._core.irq_sink(*self._transport.trigger)
-        for queue in self._queues:
-            self._transport.set_kick(queue.index, queue.kick_fd)
-        self._core.pause(Pause.BUS_MASTER)
-        if isinstance(self._block, SupportsResize) and Operation.RESIZE in operations(self._block):
-            self._block.on_resize(self._block_grew)
-        self._worker.start()
-        self._transport.start()
         self._started = True
+        self._inode = _inode(self._path)
+        try:
+            self._serve(self._transport)
+        except BaseException:
+            self.stop(0.5)
+            raise
 
     def stop(self, timeout: float) -> bool:
         """Drain, flush, disconnect the block, close the connection, remove the socket.
@@ -175,10 +172,8 @@ class Server:
         process ends it (the socket is removed all the same).
         """
         if not self._started:
-            if self._transport is None:
-                self._close()
+            self._close()
             return True
-        self._started = False
         until = time.monotonic() + timeout
         self._core.pause(Pause.STOP)
         stopped = self._worker.stop(timeout)
@@ -186,6 +181,7 @@ class Server:
             stopped = self._transport.stop(max(0.5, until - time.monotonic()))
         self._remove_socket()
         if stopped:
+            self._started = False
             self._close()
         return stopped
 
@@ -193,6 +189,16 @@ class Server:
     def failed(self) -> BaseException | None:
         """What ended the server before its time, if anything did."""
         return self._worker.failed or (self._transport.failed if self._transport else None)
+
+    def _serve(self, transport: Transport) -> None:
+        self._core.irq_sink(*transport.trigger)
+        for queue in self._queues:
+            transport.set_kick(queue.index, queue.kick_fd)
+        self._core.pause(Pause.BUS_MASTER)
+        if isinstance(self._block, SupportsResize) and Operation.RESIZE in operations(self._block):
+            self._block.on_resize(self._block_grew)
+        self._worker.start()
+        transport.start()
 
     def _bind(self) -> Transport:
         _clear_stale_socket(self._path)
@@ -272,6 +278,8 @@ class Server:
 
     def dma_unmap(self, iova: int, size: int) -> None:
         """Guest memory goes away."""
+        if self._core.busy:  # only when the worker ended before its time: what the disk still does must keep its data
+            self._core.orphan()
         with contextlib.suppress(FileNotFoundError):  # it could not be mapped
             self._core.unmap(iova, size)
 

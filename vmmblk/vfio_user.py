@@ -18,7 +18,6 @@ connection, which a second thread does after ``PATIENCE`` seconds.
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
 import functools
 import logging
@@ -50,6 +49,7 @@ PATIENCE = 5.0
 """Seconds that a client gets to send the rest of a message."""
 
 _SYNCHRONOUS = {signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _BACKLOG = 16  # clients that may knock at once; the library's own 0 makes a non-blocking connect() fail
 _BURST = 256  # messages handled before the other descriptors are looked at
 _SYSLOG_LEVELS = (logging.CRITICAL, logging.CRITICAL, logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO)
@@ -133,6 +133,7 @@ class Transport:
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._pending = False
         self._stopping = False
+        self._deaf_until = 0.0
         self._news = LogBudget(burst=20)
         self._complaints = LogBudget()
         self._inside_since: float | None = None
@@ -166,8 +167,22 @@ class Transport:
                 os.eventfd_write(self._wake, 1)
 
     def stop(self, timeout: float) -> bool:
-        """End the thread; the connection breaks, the socket closes.  False if it has not ended within ``timeout`` s."""
+        """End the thread; the connection breaks, the socket closes.  False if it has not ended within ``timeout`` s.
+
+        Guest memory is unmapped through the handler, on the calling thread.  Nobody may raise interrupts any more.
+        """
         self._stopping = True
+        if self._thread.ident is not None and not self._end_thread(timeout):
+            return False
+        with self._lock:
+            self._open = False
+            context, self._vfu = self._vfu, ffi.NULL
+        lib.vmm_vfu_free(context)
+        self._listener.close()
+        os.close(self._wake)
+        return True
+
+    def _end_thread(self, timeout: float) -> bool:
         os.eventfd_write(self._wake, 1)
         self._ended.wait(min(timeout, 0.2))
         if not self._ended.is_set():
@@ -175,10 +190,8 @@ class Transport:
         if not self._ended.wait(timeout):
             return False
         self._thread.join()
-        self._guard_thread.join()
-        with self._lock:
-            self._open = False
-            os.close(self._wake)
+        if self._guard_thread.ident is not None:
+            self._guard_thread.join()
         return True
 
     def drop(self) -> None:
@@ -204,11 +217,8 @@ class Transport:
         except BaseException as error:
             log.exception("the transport failed")
             self.failed = error
+            self.drop()  # the VMM must not wait for answers; the rest goes in stop(), when nobody interrupts any more
         finally:
-            with self._lock:
-                context, self._vfu = self._vfu, ffi.NULL
-                lib.vmm_vfu_free(context)
-            self._listener.close()
             self._ended.set()
 
     def _turn(self) -> None:
@@ -227,11 +237,13 @@ class Transport:
         poll = select.poll()
         for fd in (self._wake, self._handler.drained_fd):
             poll.register(fd, select.POLLIN)
-        if not (self._pending and self._hung_up()):
+        deadline = self._handler.deadline()
+        if self._deaf_until > time.monotonic():
+            deadline = self._deaf_until if deadline is None else min(deadline, self._deaf_until)
+        elif not (self._pending and self._hung_up()):
             poll.register(self._listener, select.POLLIN)
         if self._connected and not self._pending:
             poll.register(lib.vmm_vfu_poll_fd(self._vfu), select.POLLIN)
-        deadline = self._handler.deadline()
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
         return [fd for fd, _ in poll.poll(timeout)]
 
@@ -256,13 +268,20 @@ class Transport:
             if result == 0:
                 self._news.log(log, logging.INFO, "a client connected")
             elif result != -errno.EAGAIN:
-                self._complaints.log(log, logging.WARNING, "a client was refused: %s", os.strerror(-result))
-            return
-        if self._hung_up():
-            return
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            self._listener.accept()[0].close()
-            self._complaints.log(log, logging.WARNING, "a second client was refused: one is connected already")
+                self._refused(OSError(-result, os.strerror(-result)))
+        elif not self._hung_up():
+            try:
+                self._listener.accept()[0].close()
+                self._complaints.log(log, logging.WARNING, "a second client was refused: one is connected already")
+            except (BlockingIOError, ConnectionError):
+                pass
+            except OSError as error:
+                self._refused(error)
+
+    def _refused(self, error: OSError) -> None:
+        self._complaints.log(log, logging.WARNING, "a client was refused: %s", error.strerror)
+        if error.errno in _EXHAUSTED:  # it still waits there: trying again at once would not help
+            self._deaf_until = time.monotonic() + 1.0
 
     def _messages(self) -> None:
         for _ in range(_BURST):
@@ -294,7 +313,8 @@ class Transport:
         while not self._ended.wait(1.0):
             since = self._inside_since
             if since is not None and time.monotonic() - since > PATIENCE:
-                log.warning("the client did not finish its message within %g s: the connection is closed", PATIENCE)
+                message = "the client did not finish its message within %g s: the connection is closed"
+                self._complaints.log(log, logging.WARNING, message, PATIENCE)
                 self.drop()
 
     # -- what the callbacks below call

@@ -32,10 +32,12 @@ static pthread_once_t sigbus_once = PTHREAD_ONCE_INIT;
 static bool fill_hole(uintptr_t fault, int code)
 {
 	for (int i = 0; i < GUARDS; i++) {
-		size_t len = atomic_load(&guards[i].len);
 		uintptr_t base = atomic_load(&guards[i].base);
-		size_t page = atomic_load(&guards[i].page_size);
-		if (!len || fault < base || fault - base >= len || atomic_load(&guards[i].base) != base)
+		size_t len = atomic_load(&guards[i].len), page = atomic_load(&guards[i].page_size);
+		if (!len || fault < base || fault - base >= len)
+			continue;
+		/* an entry that is being given back or claimed anew is not the one that the fault is in */
+		if (atomic_load(&guards[i].len) != len || atomic_load(&guards[i].base) != base)
 			continue;
 		/* the client has a say in the page size: count from the base, so as to stay within the mapping */
 		uintptr_t from = fault - (fault - base) % page;

@@ -100,15 +100,14 @@ class _Pool:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._started = False
+        self._started = 0
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def submit(self, call: Callable[..., Any], arguments: tuple[object, ...]) -> asyncio.Future[Any]:
         """Have a thread run ``call(*arguments)``; called in an event loop, whose future is returned."""
-        if not self._started:
-            self._started = True
-            for number in range(self._workers):
-                threading.Thread(target=self._work, name=f"disk-{number}", daemon=True).start()
+        while self._started < self._workers:
+            threading.Thread(target=self._work, name=f"disk-{self._started}", daemon=True).start()
+            self._started += 1
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._jobs.put((loop, future, call, arguments))
@@ -116,9 +115,8 @@ class _Pool:
 
     def stop(self) -> None:
         """End each thread when it has finished what it does."""
-        if self._started:
-            for _ in range(self._workers):
-                self._jobs.put(None)
+        for _ in range(self._started):
+            self._jobs.put(None)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
