@@ -290,7 +290,7 @@ class Guest:
     def report(self) -> str:
         """The last lines of everything there is, for whoever wants to know why it went wrong."""
         parts = {"QEMU": self.qemu_log, "console": self.console, "output": self.output}
-        tails = {name: text.splitlines()[-25:] for name, text in parts.items()}
+        tails = {name: text.splitlines()[-80:] for name, text in parts.items()}
         return "\n".join(line for name, tail in tails.items() if tail for line in (f"--- {name}:", *tail))
 
     @property
