@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "vmmblk" / "csrc"
 CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 
+SYSTEM = (Path("/usr/local"), Path("/usr"))
+
 CORE_SOURCES = ["memory.c", "queue.c", "device.c", "driver.c"]
 CORE_HEADERS = ["core.h", "driver.h"]
 CORE_DECLARATIONS = ["core.cdef", "driver.cdef"]
@@ -77,7 +79,7 @@ def find_libvfio_user() -> Library:
         if found := _library_in(Path(chosen).expanduser().resolve()):
             return found
         raise MissingLibrary(f"LIBVFIO_USER={chosen} holds no built libvfio-user: run qemu-scripts/get-libvfio-user")
-    for place in (Path("/usr/local"), Path("/usr"), _cache()):
+    for place in (*SYSTEM, _cache()):
         if found := _library_in(place):
             return found
     raise MissingLibrary("libvfio-user was not found: run qemu-scripts/get-libvfio-user, or set LIBVFIO_USER")
