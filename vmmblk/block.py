@@ -43,11 +43,14 @@ __all__ = [
     "Block",
     "BlockInfo",
     "Buffers",
+    "Lifetime",
     "Operation",
     "SupportsDiscard",
     "SupportsFlush",
     "SupportsIdentify",
+    "SupportsLifetime",
     "SupportsResize",
+    "SupportsSecureErase",
     "SupportsWriteZeroes",
     "Topology",
     "operations",
@@ -84,6 +87,24 @@ class Topology:
     minimum_io_size: int = 0
     optimal_io_size: int = 0
     discard_granularity: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """How worn a disk is, in the terms of eMMC (JESD84-B50); 0 is "not known" in every field.
+
+    ``pre_eol_info`` tells of its reserved blocks: 1 less than 80 % are used, 2 80 %, 3 90 %.  ``typ_a`` and ``typ_b``
+    tell of the life of its SLC and its MLC cells: 1 to 10 for up to that many tenths used, 11 for more than all.
+    Raises: ValueError for other values, which a guest must never see (BLK-080).
+    """
+
+    pre_eol_info: int = 0
+    typ_a: int = 0
+    typ_b: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.pre_eol_info <= 3 and 0 <= self.typ_a <= 11 and 0 <= self.typ_b <= 11):
+            raise ValueError(f"{self} has a reserved value")
 
 
 class Block(ABC):
@@ -155,6 +176,22 @@ class SupportsWriteZeroes(Protocol):
 
 
 @runtime_checkable
+class SupportsSecureErase(Protocol):
+    """Erasing that leaves nothing to recover."""
+
+    def secure_erase(self, sector_start: int, sectors: int) -> Awaitable[None] | None:
+        """Erase ``sectors`` sectors from ``sector_start``, and every copy of them that the disk still holds."""
+
+
+@runtime_checkable
+class SupportsLifetime(Protocol):
+    """Wear that the disk can measure; for one that cannot, leave it out."""
+
+    def lifetime(self) -> Awaitable[Lifetime] | Lifetime:
+        """How worn the disk is now."""
+
+
+@runtime_checkable
 class SupportsIdentify(Protocol):
     """A serial number of its own."""
 
@@ -178,6 +215,8 @@ class Operation(enum.Flag):
     WRITE_ZEROES = enum.auto()
     IDENTIFY = enum.auto()
     RESIZE = enum.auto()
+    SECURE_ERASE = enum.auto()
+    LIFETIME = enum.auto()
 
 
 _PROTOCOLS = {
@@ -186,6 +225,8 @@ _PROTOCOLS = {
     Operation.WRITE_ZEROES: SupportsWriteZeroes,
     Operation.IDENTIFY: SupportsIdentify,
     Operation.RESIZE: SupportsResize,
+    Operation.SECURE_ERASE: SupportsSecureErase,
+    Operation.LIFETIME: SupportsLifetime,
 }
 
 

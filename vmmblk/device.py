@@ -67,6 +67,7 @@ _SIZE_MAX = 1 << 20
 # bookkeeping, but zeroing may really write.
 _DISCARD_SECTORS_MAX = (1 << 30) // SECTOR_SIZE
 _WRITE_ZEROES_SECTORS_MAX = (64 << 20) // SECTOR_SIZE
+_SECURE_ERASE_SECTORS_MAX = (64 << 20) // SECTOR_SIZE
 _RANGE_SEG_MAX = 16
 
 
@@ -166,6 +167,7 @@ def configure(
     can_cache = Operation.FLUSH in ops and info.read_write
     can_discard = Operation.DISCARD in ops and info.read_write
     can_zero = Operation.WRITE_ZEROES in ops and info.read_write
+    can_erase = Operation.SECURE_ERASE in ops and info.read_write
     # FLUSH is offered in any case: a guest without it must be asked to persist each write (BLK-065).
     wanted = {
         Feature.VERSION_1: True,
@@ -181,6 +183,8 @@ def configure(
         Feature.BLK_CONFIG_WCE: can_cache,
         Feature.BLK_DISCARD: can_discard,
         Feature.BLK_WRITE_ZEROES: can_zero,
+        Feature.BLK_LIFETIME: Operation.LIFETIME in ops,
+        Feature.BLK_SECURE_ERASE: can_erase,
     }
     block = info.sector_size
     blk = BlkConfigSpace(
@@ -199,6 +203,9 @@ def configure(
         max_write_zeroes_sectors=_WRITE_ZEROES_SECTORS_MAX if can_zero else 0,
         max_write_zeroes_seg=_RANGE_SEG_MAX if can_zero else 0,
         write_zeroes_may_unmap=int(can_zero),
+        max_secure_erase_sectors=_SECURE_ERASE_SECTORS_MAX if can_erase else 0,
+        max_secure_erase_seg=_RANGE_SEG_MAX if can_erase else 0,
+        secure_erase_sector_alignment=block // SECTOR_SIZE if can_erase else 0,
     )
     features = sum(feature.mask for feature, yes in wanted.items() if yes)
     return DeviceConfig(features=features, blk=blk, queue_size=queue_size)

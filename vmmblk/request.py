@@ -2,9 +2,9 @@
 
 Framing never matters here ("Message Framing"): the ring core has joined the descriptors of a chain, taken the first
 16 device-readable bytes as the header and the last device-writable byte as the status, and counted what is left on
-each side.  :func:`parse` turns that into one of six requests, or raises :class:`~vmmblk.errors.BadRequest` with the
-status the guest gets.  The segments of DISCARD and WRITE_ZEROES are data, so they are read only after ``parse`` has
-bounded how many there can be; :func:`parse_ranges` then validates all of them before any is executed.
+each side.  :func:`parse` turns that into one of a few requests, or raises :class:`~vmmblk.errors.BadRequest` with the
+status the guest gets.  The segments of DISCARD, WRITE_ZEROES and SECURE_ERASE are data, so they are read only after
+``parse`` has bounded how many there can be; :func:`parse_ranges` then validates all of them before any is executed.
 
 Positions and lengths against the capacity, and read-only, are the business of ``filters/checked.py``.  Sectors here
 are those of the protocol, 512 bytes each, whatever the logical block size of the disk.
@@ -19,6 +19,7 @@ from vmmblk.errors import BadRequest
 from vmmblk.spec import (
     BLK_ID_BYTES,
     DISCARD_SEGMENT,
+    LIFETIME,
     REQUEST_HEADER,
     SECTOR_SIZE,
     WRITE_ZEROES_FLAG_UNMAP,
@@ -34,10 +35,12 @@ __all__ = [
     "Discard",
     "Flush",
     "GetId",
+    "GetLifetime",
     "Limits",
     "Range",
     "Read",
     "Request",
+    "SecureErase",
     "SegmentLimits",
     "Write",
     "WriteZeroes",
@@ -88,15 +91,31 @@ class WriteZeroes:
     length: int
 
 
-Request = Read | Write | Flush | GetId | Discard | WriteZeroes
+@dataclass(frozen=True, slots=True)
+class SecureErase:
+    """SECURE_ERASE: ``length`` bytes of device-readable segments follow, for :func:`parse_ranges`."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class GetLifetime:
+    """GET_LIFETIME: put struct virtio_blk_lifetime into the device-writable data, which has room for it."""
+
+
+Request = Read | Write | Flush | GetId | Discard | WriteZeroes | SecureErase | GetLifetime
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentLimits:
-    """What the device configuration allows of one kind of ranged request: sectors per segment, segments."""
+    """What the device configuration allows of one kind of ranged request, in 512-byte sectors and segments.
+
+    Both ends of a segment must be multiples of ``alignment`` where that is not mere advice, as it is for DISCARD.
+    """
 
     max_sectors: int
     max_seg: int
+    alignment: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +130,7 @@ class Limits:
     sector_size: int = SECTOR_SIZE
     discard: SegmentLimits = SegmentLimits(0, 0)
     write_zeroes: SegmentLimits = SegmentLimits(0, 0)
+    secure_erase: SegmentLimits = SegmentLimits(0, 0)
     capacity: int | None = None
 
 
@@ -179,10 +199,26 @@ def _parse_write_zeroes(readable: int, _writable: int, limits: Limits) -> Reques
     return WriteZeroes(readable)
 
 
-def _check_segments(feature: Feature, length: int, limits: Limits, allowed: SegmentLimits) -> None:
-    """Refuse segments before their bytes are read: a chain can hold gigabytes of them."""
+def _parse_secure_erase(readable: int, _writable: int, limits: Limits) -> Request:
+    _check_segments(Feature.BLK_SECURE_ERASE, readable, limits, limits.secure_erase)
+    return SecureErase(readable)
+
+
+def _parse_get_lifetime(_readable: int, writable: int, limits: Limits) -> Request:
+    _require(Feature.BLK_LIFETIME, limits)
+    if writable < LIFETIME.size:
+        raise BadRequest(Status.IOERR, f"{writable} bytes have no room for a lifetime of {LIFETIME.size}")
+    return GetLifetime()
+
+
+def _require(feature: Feature, limits: Limits) -> None:
     if not limits.features & feature.mask:
         raise BadRequest(Status.UNSUPP, f"{feature.name} was not negotiated")
+
+
+def _check_segments(feature: Feature, length: int, limits: Limits, allowed: SegmentLimits) -> None:
+    """Refuse segments before their bytes are read: a chain can hold gigabytes of them."""
+    _require(feature, limits)
     segments, rest = divmod(length, DISCARD_SEGMENT.size)
     if rest or not segments:
         raise BadRequest(Status.IOERR, f"{length} bytes of segments are not a positive multiple of 16")
@@ -190,17 +226,18 @@ def _check_segments(feature: Feature, length: int, limits: Limits, allowed: Segm
         raise BadRequest(Status.IOERR, f"{segments} segments, at most {allowed.max_seg} are allowed")
 
 
-# SECURE_ERASE, GET_LIFETIME and the zone requests join this table when the device offers them.
 _OTHERS: dict[int, Callable[[int, int, Limits], Request]] = {
     RequestType.FLUSH: _parse_flush,
     RequestType.GET_ID: _parse_get_id,
     RequestType.DISCARD: _parse_discard,
     RequestType.WRITE_ZEROES: _parse_write_zeroes,
+    RequestType.SECURE_ERASE: _parse_secure_erase,
+    RequestType.GET_LIFETIME: _parse_get_lifetime,
 }
 
 
 def parse_ranges(request_type: RequestType, payload: bytes, limits: Limits) -> tuple[Range, ...]:
-    """The segments of a DISCARD or WRITE_ZEROES request, every one validated; those of no sectors are left out.
+    """The segments of a DISCARD, WRITE_ZEROES or SECURE_ERASE request, all validated; those of no sectors are left out.
 
     Raises: BadRequest, with UNSUPP for a flag that is not allowed ("Device Operation"), with IOERR for the rest.
     """
@@ -208,26 +245,30 @@ def parse_ranges(request_type: RequestType, payload: bytes, limits: Limits) -> t
         feature, allowed, flags_allowed = Feature.BLK_DISCARD, limits.discard, 0
     elif request_type == RequestType.WRITE_ZEROES:
         feature, allowed, flags_allowed = Feature.BLK_WRITE_ZEROES, limits.write_zeroes, WRITE_ZEROES_FLAG_UNMAP
+    elif request_type == RequestType.SECURE_ERASE:
+        feature, allowed, flags_allowed = Feature.BLK_SECURE_ERASE, limits.secure_erase, 0
     else:
         raise BadRequest(Status.UNSUPP, f"request type {request_type:#x} has no segments")
     _check_segments(feature, len(payload), limits, allowed)
     ranges = [
-        _parse_range(segment, flags_allowed, allowed.max_sectors, limits)
+        _parse_range(segment, flags_allowed, allowed, limits)
         for segment in DISCARD_SEGMENT.iter_unpack(payload)
     ]
     return tuple(each for each in ranges if each.sectors)
 
 
-def _parse_range(segment: tuple[int, int, int], flags_allowed: int, max_sectors: int, limits: Limits) -> Range:
+def _parse_range(segment: tuple[int, int, int], flags_allowed: int, allowed: SegmentLimits, limits: Limits) -> Range:
     sector, sectors, flags = segment
     if flags & ~flags_allowed:
         raise BadRequest(Status.UNSUPP, f"segment flags {flags:#x} are not allowed")
-    if sectors > max_sectors:
-        raise BadRequest(Status.IOERR, f"segment of {sectors} sectors, at most {max_sectors} are allowed")
+    if sectors > allowed.max_sectors:
+        raise BadRequest(Status.IOERR, f"segment of {sectors} sectors, at most {allowed.max_sectors} are allowed")
     # 2^64 bounds a range even where the disk checks the capacity: nothing may wrap on its way there.
     end = 1 << 64 if limits.capacity is None else limits.capacity
     if sector + sectors > end:
         raise BadRequest(Status.IOERR, f"segment of {sectors} sectors at {sector} ends after sector {end}")
     if (sector | sectors) * SECTOR_SIZE % limits.sector_size:
         raise _unaligned(sector, sectors * SECTOR_SIZE, limits)
+    if sector % allowed.alignment or sectors % allowed.alignment:
+        raise BadRequest(Status.IOERR, f"{sectors} sectors at {sector} are not multiples of {allowed.alignment}")
     return Range(sector, sectors, bool(flags & WRITE_ZEROES_FLAG_UNMAP))

@@ -349,6 +349,9 @@ class Server:
                 sector_size=self._block.info.sector_size,
                 discard=SegmentLimits(blk.max_discard_sectors, blk.max_discard_seg),
                 write_zeroes=SegmentLimits(blk.max_write_zeroes_sectors, blk.max_write_zeroes_seg),
+                secure_erase=SegmentLimits(
+                    blk.max_secure_erase_sectors, blk.max_secure_erase_seg, blk.secure_erase_sector_alignment or 1
+                ),
             )
         )
         self._worker.set_write_cache(self._device.write_cache)

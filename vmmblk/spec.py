@@ -14,6 +14,7 @@ __all__ = [
     "BLK_ID_BYTES",
     "COMMON_CFG_SIZE",
     "DISCARD_SEGMENT",
+    "LIFETIME",
     "NO_VECTOR",
     "PCI_DEVICE_ID_BLK",
     "PCI_VENDOR_ID_VIRTIO",
@@ -201,6 +202,9 @@ DISCARD_SEGMENT = struct.Struct("<QII")
 """struct virtio_blk_discard_write_zeroes: sector, num_sectors (both 512-byte units), flags."""
 
 WRITE_ZEROES_FLAG_UNMAP = 1
+
+LIFETIME = struct.Struct("<HHH")
+"""struct virtio_blk_lifetime: pre_eol_info, device_lifetime_est_typ_a, device_lifetime_est_typ_b."""
 
 BLK_ID_BYTES = 20
 """Length of a GET_ID answer: ASCII, NUL padded, no terminator when all bytes are used."""

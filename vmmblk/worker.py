@@ -18,12 +18,36 @@ import mmap
 import threading
 from typing import TYPE_CHECKING, Protocol
 
-from vmmblk.block import Block, Buffers, Operation, SupportsDiscard, SupportsFlush, SupportsWriteZeroes, operations
+from vmmblk.block import (
+    Block,
+    Buffers,
+    Lifetime,
+    Operation,
+    SupportsDiscard,
+    SupportsFlush,
+    SupportsLifetime,
+    SupportsSecureErase,
+    SupportsWriteZeroes,
+    operations,
+)
 from vmmblk.budget import LogBudget
 from vmmblk.errors import BadRequest, BlockError, status_of
-from vmmblk.request import Discard, Flush, GetId, Limits, Read, Request, Write, WriteZeroes, parse, parse_ranges
+from vmmblk.request import (
+    Discard,
+    Flush,
+    GetId,
+    GetLifetime,
+    Limits,
+    Read,
+    Request,
+    SecureErase,
+    Write,
+    WriteZeroes,
+    parse,
+    parse_ranges,
+)
 from vmmblk.ring import Chain, Queue, RingFailure
-from vmmblk.spec import BLK_ID_BYTES, SECTOR_SIZE, RequestType, Status
+from vmmblk.spec import BLK_ID_BYTES, LIFETIME, SECTOR_SIZE, RequestType, Status
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -236,6 +260,10 @@ class Worker:
             await self._discard(chain)
         elif isinstance(request, WriteZeroes):
             await self._write_zeroes(chain)
+        elif isinstance(request, SecureErase):
+            await self._secure_erase(chain)
+        elif isinstance(request, GetLifetime):
+            return await self._get_lifetime(chain)
         return Status.OK, 0
 
     async def _discard(self, chain: Chain) -> None:
@@ -249,6 +277,18 @@ class Worker:
         if isinstance(self._block, SupportsWriteZeroes):
             for sector, sectors, unmap in ranges:
                 await _finished(self._block.write_zeroes(sector, sectors, unmap))
+
+    async def _secure_erase(self, chain: Chain) -> None:
+        ranges = self._ranges(RequestType.SECURE_ERASE, chain)
+        if isinstance(self._block, SupportsSecureErase):
+            for sector, sectors, _ in ranges:
+                await _finished(self._block.secure_erase(sector, sectors))
+
+    async def _get_lifetime(self, chain: Chain) -> Outcome:
+        worn = self._block.lifetime() if isinstance(self._block, SupportsLifetime) else Lifetime()
+        worn = worn if isinstance(worn, Lifetime) else await worn
+        _scatter(LIFETIME.pack(worn.pre_eol_info, worn.typ_a, worn.typ_b), chain.views_out)
+        return Status.OK, LIFETIME.size
 
     def _ranges(self, kind: RequestType, chain: Chain) -> list[tuple[int, int, bool]]:
         # the payload is copied once, then validated as a whole: the guest may be changing it

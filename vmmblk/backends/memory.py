@@ -63,6 +63,10 @@ class Memory(Block):
         else:
             self._zero(start, end)
 
+    async def secure_erase(self, sector_start: int, sectors: int) -> None:
+        """Zero: memory keeps no other copy."""
+        self._zero(sector_start * self._sector_size, (sector_start + sectors) * self._sector_size)
+
     def on_resize(self, changed: Callable[[], None]) -> None:
         """Have ``changed`` called after each :meth:`grow`."""
         self._changed = changed

@@ -23,6 +23,7 @@ from vmmblk.client.wire import IrqIndex
 from vmmblk.spec import (
     BLK_ID_BYTES,
     DISCARD_SEGMENT,
+    LIFETIME,
     SECTOR_SIZE,
     WRITE_ZEROES_FLAG_UNMAP,
     BlkConfig,
@@ -53,6 +54,8 @@ SUPPORTED = sum(
         Feature.BLK_MQ,
         Feature.BLK_DISCARD,
         Feature.BLK_WRITE_ZEROES,
+        Feature.BLK_LIFETIME,
+        Feature.BLK_SECURE_ERASE,
         Feature.INDIRECT_DESC,
         Feature.EVENT_IDX,
         Feature.VERSION_1,
@@ -229,6 +232,15 @@ class VirtioBlk:
     def write_zeroes(self, ranges: Iterable[tuple[int, int]], *, unmap: bool = False) -> None:
         """Zero ranges: (sector, number of sectors), 512-byte units; ``unmap`` allows deallocation."""
         self.call(RequestType.WRITE_ZEROES, 0, _segments(ranges, WRITE_ZEROES_FLAG_UNMAP if unmap else 0))
+
+    def secure_erase(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Erase ranges for good: (sector, number of sectors), 512-byte units."""
+        self.call(RequestType.SECURE_ERASE, 0, _segments(ranges, 0))
+
+    def get_lifetime(self) -> tuple[int, int, int]:
+        """pre_eol_info and the two estimates of wear, typ_a and typ_b."""
+        pre_eol_info, typ_a, typ_b = LIFETIME.unpack(self.call(RequestType.GET_LIFETIME, data_in=LIFETIME.size))
+        return pre_eol_info, typ_a, typ_b
 
     def call(
         self,

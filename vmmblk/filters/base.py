@@ -7,9 +7,10 @@ A filter's methods are asynchronous: calling one gives something to await.  The 
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
-from vmmblk.block import Block, BlockInfo, Buffers, Operation, Topology, operations
+from vmmblk.block import Block, BlockInfo, Buffers, Lifetime, Operation, Topology, operations
 from vmmblk.errors import Unimplemented
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OFFSET_METHODS", "Filter"]
 
-OFFSET_METHODS = ("read", "write", "write_cached", "discard", "write_zeroes")
+OFFSET_METHODS = ("read", "write", "write_cached", "discard", "write_zeroes", "secure_erase")
 """Every method that takes a sector number."""
 
 
@@ -93,6 +94,14 @@ class Filter(Block):
         """Forward ``write_zeroes``."""
         return self._forward("write_zeroes", sector_start, sectors, unmap)
 
+    def secure_erase(self, sector_start: int, sectors: int) -> Awaitable[None]:
+        """Forward ``secure_erase``."""
+        return self._forward("secure_erase", sector_start, sectors)
+
+    def lifetime(self) -> Awaitable[Lifetime]:
+        """Forward ``lifetime``."""
+        return self._forward("lifetime")
+
     def identify(self) -> str:
         """The serial of the block below.  Raises: Unimplemented."""
         return str(self._method("identify")())
@@ -111,7 +120,6 @@ class Filter(Block):
             raise Unimplemented(f"this disk has no {name}()")
         return method
 
-    async def _forward(self, name: str, *arguments: object) -> None:
-        pending = self._method(name)(*arguments)
-        if pending is not None:
-            await pending
+    async def _forward(self, name: str, *arguments: object) -> Any:
+        result = self._method(name)(*arguments)
+        return await result if inspect.isawaitable(result) else result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from vmmblk.block import Block, Buffers, Operation
+from vmmblk.block import Block, Buffers, Lifetime, Operation
 from vmmblk.errors import BlockError, Disconnected, IsReadOnly, Unimplemented, Unknown
 from vmmblk.filters.base import Filter
 from vmmblk.filters.threaded import asynchronous
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checked"]
 
-_CHANGES = Operation.FLUSH | Operation.DISCARD | Operation.WRITE_ZEROES
+_CHANGES = Operation.FLUSH | Operation.DISCARD | Operation.WRITE_ZEROES | Operation.SECURE_ERASE
 
 
 class Checked(Filter):
@@ -104,6 +104,17 @@ class Checked(Filter):
         """Check, then ``write_zeroes``."""
         self._check_range(sector_start, sectors)
         await super().write_zeroes(sector_start, sectors, unmap)
+
+    async def secure_erase(self, sector_start: int, sectors: int) -> None:
+        """Check, then ``secure_erase``."""
+        self._check_range(sector_start, sectors)
+        await super().secure_erase(sector_start, sectors)
+
+    async def lifetime(self) -> Lifetime:
+        """Check, then ``lifetime``."""
+        if not self._connected:
+            raise _disconnected()
+        return await super().lifetime()
 
     def on_resize(self, changed: Callable[[], None]) -> None:
         """Have ``changed`` called, from any thread, each time ``info`` has grown.  Raises: Unimplemented."""

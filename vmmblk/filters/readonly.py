@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReadOnly"]
 
-_CHANGES = Operation.FLUSH | Operation.DISCARD | Operation.WRITE_ZEROES
+_CHANGES = Operation.FLUSH | Operation.DISCARD | Operation.WRITE_ZEROES | Operation.SECURE_ERASE
 
 
 class ReadOnly(Filter):
@@ -49,6 +49,10 @@ class ReadOnly(Filter):
         raise _refusal()
 
     async def write_zeroes(self, sector_start: int, sectors: int, unmap: bool) -> None:
+        """Refuse.  Raises: IsReadOnly."""
+        raise _refusal()
+
+    async def secure_erase(self, sector_start: int, sectors: int) -> None:
         """Refuse.  Raises: IsReadOnly."""
         raise _refusal()
 

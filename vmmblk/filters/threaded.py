@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from vmmblk.block import Buffers
+    from vmmblk.block import Buffers, Lifetime
 
     Job = tuple[asyncio.AbstractEventLoop, asyncio.Future[Any], Callable[..., Any], tuple[object, ...]]
 
@@ -28,7 +28,7 @@ __all__ = ["Threaded", "asynchronous"]
 WORKERS = 16
 """Calls of a plain disk that run at the same time."""
 
-_AWAITED = (*OFFSET_METHODS, "flush", "disconnect")
+_AWAITED = (*OFFSET_METHODS, "flush", "lifetime", "disconnect")
 
 
 def asynchronous(block: Block) -> Block:
@@ -82,6 +82,15 @@ class Threaded(Filter):
         """``write_zeroes`` in a thread."""
         await self._run("write_zeroes", sector_start, sectors, unmap)
 
+    async def secure_erase(self, sector_start: int, sectors: int) -> None:
+        """``secure_erase`` in a thread."""
+        await self._run("secure_erase", sector_start, sectors)
+
+    async def lifetime(self) -> Lifetime:
+        """``lifetime`` in a thread."""
+        worn: Lifetime = await self._run("lifetime")
+        return worn
+
     async def disconnect(self) -> None:
         """``disconnect`` in a thread; then the threads end."""
         try:
@@ -89,10 +98,10 @@ class Threaded(Filter):
         finally:
             self._pool.stop()
 
-    async def _run(self, name: str, *arguments: object) -> None:
-        pending = await self._pool.submit(self._method(name), arguments)
-        if inspect.isawaitable(pending):  # a plain method that handed back a coroutine
-            await pending
+    async def _run(self, name: str, *arguments: object) -> Any:
+        result = await self._pool.submit(self._method(name), arguments)
+        # a plain method may have handed back a coroutine
+        return await result if inspect.isawaitable(result) else result
 
 
 class _Pool:
