@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from vmmblk.block import Block
 
+pytest_plugins = ["conformance.plugin"]
+
 STOP_SECONDS = 5.0
 
 

@@ -71,7 +71,7 @@ def test_each_queue_keeps_its_own_registers() -> None:
 
 @pytest.mark.parametrize("index", [3, 4, 0x7FFF, 0xFFFF])
 def test_a_queue_that_does_not_exist_is_inert(index: int) -> None:
-    """PCI-041, HOSTILE-072, HOSTILE-073: queue_size reads 0, writes reach no queue."""
+    """PCI-041, PCI-052, HOSTILE-072, HOSTILE-073: queue_size reads 0, writes reach no queue."""
     driver = Driver()
     driver.negotiate()
     driver.set_up_queue(index)

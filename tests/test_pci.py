@@ -109,7 +109,7 @@ class Function:
     ],
 )
 def test_identity(offset: int, width: int, value: int) -> None:
-    """PCI-001..005: a modern virtio block device, and nothing transitional."""
+    """BLK-001, PCI-001..005: a modern virtio block device, and nothing transitional."""
     function = Function()
     assert function.config(offset, width) == value
     function.set_config(offset, width, (1 << 8 * width) - 1)
@@ -173,7 +173,7 @@ def test_configuration_space_ends() -> None:
 
 @pytest.mark.parametrize("queues", [1, 3, 64])
 def test_every_structure_has_its_capability(queues: int) -> None:
-    """PCI-013..018, 026, 027, 058, 073, 082, 083, 092: one of each, with the structure inside its BAR."""
+    """PCI-013..018, 026, 027, 058, 073, 074, 082, 083, 092: one of each, with the structure inside its BAR."""
     function = Function(queues=queues)
     expected = {
         PciCapType.COMMON_CFG: (COMMON_OFFSET, 64),
@@ -394,7 +394,7 @@ def test_an_access_that_spans_structures_reaches_each() -> None:
 
 
 def test_a_driver_can_live_on_the_window_alone() -> None:
-    """PCI-095..097: initialisation, a doorbell and the ISR, as firmware does it for a BAR above 4 GiB."""
+    """PCI-094..097: initialisation, a doorbell and the ISR, as firmware does it for a BAR above 4 GiB."""
     function = Function()
     write, read = function.window_write, function.window_read
     assert write(CommonCfg.DEVICE_STATUS, 1, 0) == [Reset()]

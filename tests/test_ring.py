@@ -566,7 +566,7 @@ def test_a_chain_without_a_writable_byte_goes_back_with_length_0(rig: Rig) -> No
 
 
 def test_a_writable_header_is_not_read(rig: Rig) -> None:
-    """HOSTILE-144, RING-SPLIT-013: a chain of writable elements only has no header."""
+    """HOSTILE-144, RING-SPLIT-007, -013: a chain of writable elements only has no header."""
     rig.offer(rig.writable(16), rig.writable(1))
     chain = rig.pop_one()
     assert (chain.header, chain.writable) == (b"", 16)
@@ -842,7 +842,7 @@ def test_a_direct_chain_may_be_as_long_as_the_queue() -> None:
     [(512, 0, 0), (512, 511, 511), (512, 512, 513), (512, 9999, 513), (512, 0xFFFF_FFFF, 513), (0, 0, 1), (0, 5, 1)],
 )
 def test_used_length_counts_only_what_was_written_without_a_gap(rig: Rig, room: int, written: int, told: int) -> None:
-    """RING-SPLIT-017, -020, -022: an underestimate at most; the status counts when all before it was written."""
+    """RING-SPLIT-017, -020 to -022: an underestimate at most; the status counts when all before it was written."""
     head = rig.request(room=room)
     rig.complete(rig.pop_one(), written=written)
     assert rig.ring.get_used() == [(head, told)]
@@ -1198,7 +1198,7 @@ def test_intx_is_raised_again_while_a_bit_is_set(rig: Rig) -> None:
 
 
 def test_config_interrupt_has_its_vector_and_sets_isr(rig: Rig) -> None:
-    """Configuration changes set the ISR bit even with MSI-X; without a vector nothing is sent."""
+    """PCI-075: configuration changes set the ISR bit even with MSI-X; without a vector nothing is sent."""
     rig.core.config_interrupt()
     assert (rig.vectors, rig.core.take()) == ([], IsrStatus.CONFIG)
     rig.core.set_config_vector(5)

@@ -106,7 +106,10 @@ def test_every_feature_can_be_left_out(serve: Serve, without: Feature) -> None:
 
 
 def test_a_driver_without_version_1_is_refused(serve: Serve) -> None:
-    """FEATURES_OK does not stick, and the same driver may try again with VERSION_1 (HOSTILE-103)."""
+    """FEATURES_OK does not stick, and the same driver may try again with VERSION_1 (HOSTILE-103).
+
+    And RSVD-002.
+    """
     with attach(serve().path, start=False, features=SUPPORTED & ~VERSION_1) as v:
         with pytest.raises(ProtocolError):
             v.init()
@@ -163,7 +166,10 @@ def test_indices_wrap(serve: Serve, event_idx: bool) -> None:
 
 
 def test_a_queue_reset_and_another_size(serve: Serve) -> None:
-    """RING_RESET: the queue comes back at another size and place, from index 0 (VQRST-004 to 007, HOSTILE-079)."""
+    """RING_RESET: the queue comes back at another size and place, from index 0 (VQRST-004 to 007, HOSTILE-079).
+
+    And RSVD-018.
+    """
     with attach(serve(queue_size=256).path) as v:
         exercise(v)
         for size in (16, 256, 4, 128):
@@ -198,7 +204,7 @@ def test_a_queue_reset_forgets_its_settings(serve: Serve) -> None:
 
 
 def test_queue_reset_without_the_feature_is_ignored(serve: Serve) -> None:
-    """queue_reset does nothing when RING_RESET was not negotiated (HOSTILE-074)."""
+    """queue_reset does nothing when RING_RESET was not negotiated (HOSTILE-074, PCI-048)."""
     with attach(serve().path, features=SUPPORTED & ~Feature.RING_RESET.mask) as v:
         v.device.set(CommonCfg.QUEUE_RESET, 1)
         assert v.device.get(CommonCfg.QUEUE_RESET) == 0
@@ -269,7 +275,10 @@ def test_a_whole_driver_in_every_way(serve: Serve, mode: Interrupts, window: boo
 
 
 def test_msix_vectors_go_where_they_are_told(serve: Serve) -> None:
-    """The queue's vector and the config vector are signalled apart; NO_VECTOR silences (PCI-102, 108 to 111)."""
+    """The queue's vector and the config vector are signalled apart; NO_VECTOR silences (PCI-102, 108 to 111).
+
+    And NOTE-001 and 002.
+    """
     disk = FullDisk()
     served = serve(disk)
     with attach(served.path) as v:
@@ -299,7 +308,10 @@ def test_msix_vectors_go_where_they_are_told(serve: Serve) -> None:
 
 
 def test_intx_is_a_level(serve: Serve) -> None:
-    """The ISR byte tells why and is cleared by reading; an unmask raises INTx again if set (PCI-076 to 080)."""
+    """The ISR byte tells why and is cleared by reading; an unmask raises INTx again if set (PCI-076 to 080).
+
+    And PCI-113.
+    """
     disk = FullDisk()
     served = serve(disk)
     with attach(served.path, interrupts=Interrupts.INTX) as v:
@@ -409,7 +421,10 @@ def silent(served: Served, v: VirtioBlk) -> None:
 
 
 def test_a_doorbell_before_driver_ok_consumes_nothing(serve: Serve) -> None:
-    """An enabled, filled queue is left alone until DRIVER_OK, then served without another doorbell (HOSTILE-083)."""
+    """An enabled, filled queue is left alone until DRIVER_OK, then served without another doorbell (HOSTILE-083).
+
+    And STAT-004.
+    """
     served = serve()
     with attach(served.path, start=False) as v:
         device = v.device
@@ -435,7 +450,7 @@ def test_a_doorbell_before_driver_ok_consumes_nothing(serve: Serve) -> None:
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 @pytest.mark.parametrize("value", [0, 1, 0xFF])
 def test_a_doorbell_of_any_width_and_value_is_a_kick(serve: Serve, width: int, value: int) -> None:
-    """The address names the queue; width and value do not matter (HOSTILE-084 to 086)."""
+    """The address names the queue; width and value do not matter (HOSTILE-084 to 086, NOTE-004)."""
     with attach(serve().path) as v:
         pending = v.submit(RequestType.IN, 0, data_in=512)
         v.queues[0].publish()
@@ -458,7 +473,10 @@ def test_doorbells_that_name_no_queue_are_ignored(serve: Serve) -> None:
 
 
 def test_a_doorbell_for_a_queue_that_is_not_enabled_is_ignored(serve: Serve) -> None:
-    """DRIVER_OK with no queue, or after a reset: a doorbell touches nothing (HOSTILE-081, 091, 109)."""
+    """DRIVER_OK with no queue, or after a reset: a doorbell touches nothing (HOSTILE-081, 091, 109).
+
+    And STAT-011, PCI-046.
+    """
     served = serve()
     with attach(served.path) as v:
         settled(served, v)
@@ -868,7 +886,10 @@ def test_register_writes_during_a_reset_are_ignored(serve: Serve) -> None:
 
 
 def test_identity_and_capabilities(serve: Serve) -> None:
-    """IDs, class, capabilities inside BAR 4, MSI-X with two vectors (PCI-001 to 006, 013 to 018, 058 to 065, 092)."""
+    """IDs, class, capabilities inside BAR 4, MSI-X with two vectors (PCI-001 to 006, 013 to 018, 058 to 060).
+
+    And PCI-062 to 065, 092.
+    """
     with attach(serve().path) as v:
         space = v.pci.config_read(0, 256)
         assert space[:4] == bytes.fromhex("f41a4210")
@@ -890,7 +911,10 @@ def test_identity_and_capabilities(serve: Serve) -> None:
 
 
 def test_bars_can_be_sized(serve: Serve) -> None:
-    """Ones written to a BAR read back as its size, also through a 64-bit pair; and config space is writable again."""
+    """Ones written to a BAR read back as its size, also through a 64-bit pair; and config space is writable again.
+
+    HOSTILE-135: a BAR that moves under a live device changes nothing, for messages name regions.
+    """
     with attach(serve().path) as v:
         for bar, size in ((1, 4096), (2, 4096)):
             v.pci.config_write(0x10 + 4 * bar, b"\xff" * 4)
@@ -901,7 +925,7 @@ def test_bars_can_be_sized(serve: Serve) -> None:
         assert v.pci.config_field(0x24, 4) == 0xFFFFFFFF
         v.pci.config_write(0x20, struct.pack("<Q", 0xC0_0000_4000))
         assert v.pci.config_field(0x20, 4) == 0x0000400C
-        exercise(v)  # HOSTILE-135: messages name regions, not addresses
+        exercise(v)
 
 
 def test_reading_all_of_config_space_has_no_side_effect(serve: Serve) -> None:

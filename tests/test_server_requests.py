@@ -84,7 +84,10 @@ def test_used_length_counts_data_and_status(serve: Serve) -> None:
 )
 @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
 def test_framing_means_nothing(serve: Serve, framing: Any, indirect: bool) -> None:
-    """However header, data and status are cut, the disk sees whole sectors and the data is right (RING-SPLIT-004)."""
+    """However header, data and status are cut, the disk sees whole sectors and the data is right (RING-SPLIT-004).
+
+    And BLK-050 and 051.
+    """
     served = serve(queue_size=1024)
     with attach(served.path, indirect=indirect) as v:
         v.call(RequestType.OUT, 4, PATTERN[: 4 * 512], framing=framing)
@@ -668,7 +671,10 @@ def test_odd_but_good_segments(serve: Serve, kind: RequestType, payload: bytes, 
 
 
 def test_the_limits_that_are_told_are_the_limits(serve: Serve) -> None:
-    """max_*_seg and max_*_sectors in the configuration are exactly what a request may ask for (BLK-014, 015, 082)."""
+    """max_*_seg and max_*_sectors in the configuration are exactly what a request may ask for (BLK-014, 015, 082).
+
+    And BLK-021.
+    """
     disk = FullDisk(sectors=1)
     disk.info = type(disk.info)(read_write=True, sector_size=512, size_sectors=1 << 24)
     disk._fill = lambda *_: None  # type: ignore[method-assign]
