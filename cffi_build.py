@@ -23,7 +23,7 @@ CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-fvisibility=
 
 SYSTEM = (Path("/usr/local"), Path("/usr"))
 
-CORE_SOURCES = ["memory.c", "queue.c", "device.c", "driver.c"]
+CORE_SOURCES = ["memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c", "driver.c", "driver_packed.c"]
 CORE_HEADERS = ["core.h", "driver.h"]
 CORE_DECLARATIONS = ["core.cdef", "driver.cdef"]
 VFU_SOURCES = ["vfu.c"]

@@ -45,18 +45,20 @@ def run(program: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("sanitizers", "rounds"),
-    [(["-O2"], 500_000), (MEMORY_AND_ARITHMETIC, 100_000), (THREADS, 30_000)],
+    [(["-O2"], 250_000), (MEMORY_AND_ARITHMETIC, 50_000), (THREADS, 15_000)],
     ids=["plain", "address", "thread"],
 )
 def test_threads_and_races(tmp_path: Path, sanitizers: list[str], rounds: int) -> None:
     """No doorbell is lost, no chain, no byte out of bounds, no data race, whoever acts between any two accesses."""
-    sources = [TESTS / "csrc" / "test_core.c", *(CSRC / name for name in ("memory.c", "device.c", "driver.c"))]
+    names = ("memory.c", "chain.c", "device.c", "driver.c", "driver_packed.c")
+    sources = [TESTS / "csrc" / "test_core.c", *(CSRC / name for name in names)]
     assert run(build(tmp_path / "test_core", sanitizers, *sources), str(rounds)) == "ok\n"
 
 
 def test_the_fuzzers_inputs(tmp_path: Path) -> None:
     """What the fuzzer found worth keeping: every invariant of fuzz_queue.c holds for each input."""
-    sources = [TESTS / "csrc" / "fuzz_queue.c", *(CSRC / name for name in ("memory.c", "queue.c", "device.c"))]
+    names = ("memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c")
+    sources = [TESTS / "csrc" / "fuzz_queue.c", *(CSRC / name for name in names)]
     program = build(tmp_path / "fuzz_queue", MEMORY_AND_ARITHMETIC, *sources)
     assert len(CORPUS) > 100
     assert run(program, *map(str, CORPUS)) == f"{len(CORPUS)} inputs\n"

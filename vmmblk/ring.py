@@ -1,4 +1,4 @@
-"""A virtqueue: the typed face of csrc/queue.c.
+"""A virtqueue, split or packed: the typed face of csrc/queue.c.
 
 The life of a queue, told by the loop that serves one::
 
@@ -114,15 +114,26 @@ class Queue:
         os.close(self.kick_fd)
 
     def start(
-        self, *, size: int, desc: int, driver: int, device: int, vector: int, event_idx: bool, indirect: bool
+        self,
+        *,
+        size: int,
+        desc: int,
+        driver: int,
+        device: int,
+        vector: int,
+        event_idx: bool,
+        indirect: bool,
+        packed: bool = False,
     ) -> None:
         """Start from position 0; ``desc``, ``driver``, ``device`` are the areas' IOVAs ("Virtqueue Configuration").
+
+        A split ring has a power of two of descriptors, a ``packed`` one any number up to 32768.
 
         Raises: OSError - EINVAL (size, or started already), EPROTO (misaligned), ENOENT (outside guest memory),
         EFAULT (in memory that came without a file descriptor), EIO (guest memory is gone), ENOMEM.
         """
         config = ffi.new(
-            "struct vmm_queue_config *", (size, vector, desc, driver, device, event_idx, indirect)
+            "struct vmm_queue_config *", (size, vector, desc, driver, device, event_idx, indirect, packed)
         )
         error = lib.vmm_queue_start(self._handle, config)
         if error:

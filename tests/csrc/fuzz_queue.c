@@ -1,5 +1,5 @@
 /*
- * A fuzz target: a hostile driver, a hostile VMM and a late disk against the device's side of two split virtqueues.
+ * A fuzz target: a hostile driver, a hostile VMM and a late disk against the device's side of two virtqueues.
  *
  * The input is a program.  Its first bytes choose how the queues are set up, and then each step does one thing: store
  * bytes into guest memory, pop, complete, map, unmap, orphan, pause, reset.  After every step that touches the core the
@@ -120,6 +120,8 @@ static void check(struct fuzz *f)
 	CHECK(vmm_device_busy(f->device) + vmm_device_orphans(f->device) == f->nr_held);
 	for (uint32_t q = 0; q < QUEUES; q++)
 		CHECK(vmm_queue_busy(f->queue[q]) <= held_of(f, q));
+	for (uint32_t q = 0; q < QUEUES; q++)	/* a packed ring's position never leaves it */
+		CHECK(!f->config[q].packed || f->queue[q]->next_avail < 2 * f->config[q].size);
 }
 
 static void pop(struct fuzz *f, uint32_t q)
@@ -222,7 +224,7 @@ static void start(struct fuzz *f, uint32_t q)
 	uint64_t how = take(f, 1), near = take(f, 1);	/* near: areas that lie over the end of a page */
 	struct vmm_queue_config config = {
 		.size = how & 16 ? (uint32_t)take(f, 1) : 1u << (how & 7), .vector = q,
-		.event_idx = how & 32, .indirect = how & 64,
+		.event_idx = how & 32, .indirect = how & 64, .packed = how & 8,
 		.desc = q * 8 * PAGE, .driver = q * 8 * PAGE + 2 * PAGE, .device = q * 8 * PAGE + 4 * PAGE,
 	};
 
@@ -257,8 +259,18 @@ static void store(struct fuzz *f)
 		f->ram[offset + i] = (uint8_t)take(f, 1);
 }
 
+/* Where a packed ring's descriptor goes that the device is to come to, and the flags that make it available. */
+static uint64_t packed_slot(const struct fuzz *f, uint32_t q, uint64_t ahead, uint16_t *flags)
+{
+	uint32_t size = f->config[q].size, position = (f->queue[q]->next_avail + (uint32_t)ahead % 8) % (2 * size);
+
+	*flags |= position < size ? 1 << 7 : 1 << 15;
+	return position % size;
+}
+
 static void store_desc(struct fuzz *f, uint32_t q)
 {
+	bool packed = f->config[q].packed;
 	uint64_t table = f->config[q].desc;
 	uint64_t at = take(f, 1), addr = take(f, 3), flags = take(f, 1);
 	uint64_t len = flags & 64 ? take(f, 4) : take(f, 2);
@@ -275,10 +287,13 @@ static void store_desc(struct fuzz *f, uint32_t q)
 	f->last_end = addr + len;
 	memcpy(d, &addr, 8);
 	memcpy(d + 8, &len, 4);
-	d[12] = flags & 7;
-	d[14] = (uint8_t)take(f, 1);
+	uint16_t mark = flags & 7, link = (uint16_t)take(f, 1);
 	if (flags & 16)
 		table = 6 * PAGE;	/* an indirect table's place */
+	else if (packed)
+		at = packed_slot(f, q, at, &mark);
+	memcpy(d + (packed ? 14 : 12), &mark, 2);
+	memcpy(d + (packed ? 12 : 14), &link, 2);
 	table += 16 * (at % 64);
 	if (table <= SIZE - 16)
 		memcpy(f->ram + table, d, 16);
@@ -286,12 +301,16 @@ static void store_desc(struct fuzz *f, uint32_t q)
 
 static void offer(struct fuzz *f, uint32_t q)
 {
-	uint64_t how = take(f, 1), place = f->config[q].driver;
+	uint64_t how = take(f, f->config[q].packed ? 4 : 1), place = f->config[q].driver;
 	uint8_t *avail = f->ram + place;
 	uint16_t idx;
 
 	if (place > SIZE - 4 - 2 * QUEUE_SIZE_MAX)
 		return;
+	if (f->config[q].packed) {	/* storing a descriptor has offered it; what is left is the wish for interrupts */
+		memcpy(avail, &how, 4);
+		return;
+	}
 	memcpy(&idx, avail + 2, 2);
 	avail[4 + 2 * (idx & ((1u << (how & 7)) - 1) % 64)] = (uint8_t)take(f, 1);
 	idx = how & 128 ? (uint16_t)take(f, 2) : (uint16_t)(idx + 1);

@@ -3,8 +3,8 @@
  * back while queues are served, and a driver that races loses no chain.  Each test is bounded; a doorbell that does not
  * come within TIMEOUT_MS fails it.
  *
- * Races are not left to luck alone: queue.c is compiled here with a hook before each of its accesses to a ring's index
- * or flags, where a test can let the driver do something.
+ * Races are not left to luck alone: the ring's files are compiled here with a hook before each access to its indices and
+ * flags, where a test can let the driver do something.
  *
  *     test_core ROUNDS
  */
@@ -28,6 +28,8 @@ static void race(enum access access);
 #define atomic_store_explicit(p, value, order) (race(ACCESS_STORE), STORE(p, value, order))
 #define atomic_thread_fence(order) (race(ACCESS_FENCE), __atomic_thread_fence(order))
 #include "queue.c"
+#include "split.c"
+#include "packed.c"
 
 #include <poll.h>
 #include <stdio.h>
@@ -45,17 +47,31 @@ static void race(enum access access);
 
 #define CHECK(condition) do { if (!(condition)) { fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); abort(); } } while (0)
 
+/* How a queue is laid out: both formats, both ways to suppress notifications. */
+struct kind {
+	bool packed, event_idx;
+};
+
+static const struct kind kinds[] = { { false, false }, { false, true }, { true, false }, { true, true } };
+#define KINDS 4
+
 /* One queue over one memfd, mapped by the driver and by the core. */
 struct bench {
 	uint8_t *ram;
 	struct vmm_device *device;
 	struct vmm_queue *queue;
-	vdrv_split *ring;
+	struct kind kind;
+	vdrv_split *split;		/* the driver's side, one of the two */
+	vdrv_packed *packed;
 	int kick_fd, irq_fd;
 	struct vmm_alias alias;
-	uint64_t rounds;
+	uint64_t rounds, offered;
 	atomic_bool stop;
 };
+
+/* What the driver does, in either format. */
+#define DRIVER(b, op, ...) \
+	((b)->kind.packed ? vdrv_packed_##op((b)->packed, ##__VA_ARGS__) : vdrv_split_##op((b)->split, ##__VA_ARGS__))
 
 static struct {
 	void (*act)(struct bench *b, uint32_t point);	/* NULL: nothing happens */
@@ -103,17 +119,22 @@ static void map(struct bench *b, struct vmm_alias *out)
 	CHECK(vmm_device_map(b->device, 0, SIZE, at, at, SIZE, PAGE, PROT_READ | PROT_WRITE, out) == 0);
 }
 
-static void start(struct bench *b, bool event_idx)
+static void start(struct bench *b)
 {
+	uint8_t *desc = b->ram + DESC, *driver = b->ram + AVAIL, *device = b->ram + USED;
 	struct vmm_queue_config config = {
-		.size = RING_SIZE, .vector = 3, .desc = DESC, .driver = AVAIL, .device = USED, .event_idx = event_idx,
+		.size = b->kind.packed ? RING_SIZE - 1 : RING_SIZE, .vector = 3, .desc = DESC, .driver = AVAIL, .device = USED,
+		.event_idx = b->kind.event_idx, .packed = b->kind.packed,
 	};
 
-	b->ring = vdrv_split_new(b->ram + DESC, b->ram + AVAIL, b->ram + USED, RING_SIZE, event_idx);
-	CHECK(b->ring && vmm_queue_start(b->queue, &config) == 0);
+	if (b->kind.packed)
+		b->packed = vdrv_packed_new(desc, driver, device, config.size, config.event_idx);
+	else
+		b->split = vdrv_split_new(desc, driver, device, config.size, config.event_idx);
+	CHECK((b->packed || b->split) && vmm_queue_start(b->queue, &config) == 0);
 }
 
-static void set_up(struct bench *b, bool event_idx)
+static void set_up(struct bench *b, struct kind kind)
 {
 	int fd = memfd_create("core", 0);
 
@@ -128,7 +149,8 @@ static void set_up(struct bench *b, bool event_idx)
 	vmm_device_irq_sink(b->device, (uintptr_t)on_irq, (uintptr_t)b);
 	vmm_device_set_msix(b->device, true);
 	map(b, &b->alias);
-	start(b, event_idx);
+	b->kind = kind;
+	start(b);
 }
 
 static void tear_down(struct bench *b)
@@ -137,7 +159,8 @@ static void tear_down(struct bench *b)
 
 	CHECK(vmm_device_busy(b->device) == 0 && vmm_device_orphans(b->device) == 0);
 	vmm_queue_stop(b->queue);
-	vdrv_split_free(b->ring);
+	vdrv_split_free(b->split);
+	vdrv_packed_free(b->packed);
 	CHECK(vmm_device_unmap(b->device, 0, SIZE, &alias) == 0 && alias == b->alias.id);
 	vmm_alias_release(b->alias.map_base, b->alias.map_len);
 	close(b->device->drained_fd);
@@ -154,31 +177,32 @@ static void offer_one(struct bench *b, uint32_t n)
 	uint64_t page = DATA + (n % 16) * PAGE;
 	struct vdrv_segment parts[3] = { { page, 16, 0 }, { page + 512, 512, 0 }, { page + 2048, 1, VDRV_WRITE } };
 
-	CHECK(vdrv_split_add(b->ring, parts, 3, 0, NULL) >= 0);
+	CHECK(DRIVER(b, add, parts, 3, 0, NULL) >= 0);
+	b->offered++;
 }
 
 /* Offers chains in bursts of changing length and sleeps until they are used: a lost doorbell or interrupt hangs it. */
 static void *drive(void *arg)
 {
 	struct bench *b = arg;
-	uint64_t offered = 0, used = 0;
+	uint64_t used = 0;
 	struct vdrv_used out[RING_SIZE];
 
 	while (used < b->rounds) {
-		uint64_t burst = 1 + offered * 2654435761u % 5;
-		for (; burst && offered < b->rounds && vdrv_split_room(b->ring) >= 3; burst--)
-			offer_one(b, (uint32_t)offered++);
-		vdrv_split_publish(b->ring);
-		if (vdrv_split_need_kick(b->ring))
+		uint64_t burst = 1 + b->offered * 2654435761u % 5;
+		for (; burst && b->offered < b->rounds && DRIVER(b, room) >= 3; burst--)
+			offer_one(b, (uint32_t)b->offered);
+		DRIVER(b, publish);
+		if (DRIVER(b, need_kick))
 			eventfd_write(b->kick_fd, 1);
-		int n = vdrv_split_get_used(b->ring, out, RING_SIZE);
+		int n = DRIVER(b, get_used, out, RING_SIZE);
 		CHECK(n >= 0);
 		used += (uint64_t)n;
 		if (n || used == b->rounds)
 			continue;
-		if (vdrv_split_arm(b->ring, 1) == 0)
+		if (DRIVER(b, arm, 1) == 0)
 			wait_for(b->irq_fd, "interrupt");
-		vdrv_split_disarm(b->ring);
+		DRIVER(b, disarm);
 	}
 	atomic_store(&b->stop, true);
 	eventfd_write(b->kick_fd, 1);
@@ -224,9 +248,9 @@ static void run_pair(struct bench *b, void *(*third)(void *))
 /* Two threads that both sleep whenever they can: no doorbell and no interrupt is lost. */
 static void test_no_doorbell_is_lost(uint64_t rounds)
 {
-	for (int event_idx = 0; event_idx < 2; event_idx++) {
+	for (int k = 0; k < KINDS; k++) {
 		struct bench b = { .rounds = rounds };
-		set_up(&b, event_idx);
+		set_up(&b, kinds[k]);
 		run_pair(&b, NULL);
 		tear_down(&b);
 	}
@@ -266,9 +290,9 @@ static void *remap(void *arg)
 
 static void test_memory_is_remapped_while_a_queue_is_served(uint64_t rounds)
 {
-	for (int event_idx = 0; event_idx < 2; event_idx++) {
+	for (int k = 0; k < KINDS; k++) {
 		struct bench b = { .rounds = rounds };
-		set_up(&b, event_idx);
+		set_up(&b, kinds[k]);
 		run_pair(&b, remap);
 		tear_down(&b);
 	}
@@ -306,11 +330,12 @@ static void *take_back(void *arg)
 
 static void test_memory_is_taken_back_while_a_queue_is_served(uint64_t rounds)
 {
-	struct bench b = { .rounds = rounds };
-
-	set_up(&b, true);
-	run_pair(&b, take_back);
-	tear_down(&b);
+	for (int k = 1; k < KINDS; k += 2) {
+		struct bench b = { .rounds = rounds };
+		set_up(&b, kinds[k]);
+		run_pair(&b, take_back);
+		tear_down(&b);
+	}
 }
 
 /* ---- pause, stop and start --------------------------------------------------------------------------------------- */
@@ -331,11 +356,12 @@ static void *pause_often(void *arg)
 
 static void test_pausing_loses_nothing(uint64_t rounds)
 {
-	struct bench b = { .rounds = rounds };
-
-	set_up(&b, false);
-	run_pair(&b, pause_often);
-	tear_down(&b);
+	for (int k = 0; k < KINDS; k += 2) {
+		struct bench b = { .rounds = rounds };
+		set_up(&b, kinds[k]);
+		run_pair(&b, pause_often);
+		tear_down(&b);
+	}
 }
 
 /* ---- a driver that races ----------------------------------------------------------------------------------------- */
@@ -377,7 +403,7 @@ static void test_a_jumping_index_loses_no_chain(void)
 	struct bench b = { 0 };
 	uint16_t values[8];
 
-	set_up(&b, false);
+	set_up(&b, kinds[0]);
 	for (uint32_t i = 0; i < 8; i++)
 		offer_one(&b, i);
 	vmm_queue_stop(b.queue);
@@ -397,8 +423,8 @@ static void offer_at_moments(struct bench *b, uint32_t point)
 	if (point != moments[0] && point != moments[1])
 		return;
 	offer_one(b, point);
-	vdrv_split_publish(b->ring);
-	if (vdrv_split_need_kick(b->ring))
+	DRIVER(b, publish);
+	if (DRIVER(b, need_kick))
 		eventfd_write(b->kick_fd, 1);
 }
 
@@ -413,6 +439,7 @@ static uint32_t serve_until_silent(struct bench *b)
 	uint32_t total = 0;
 	int n;
 
+	racer.unfenced = racer.looked_unfenced = false;
 	do {
 		n = vmm_queue_pop(b->queue, chain, 2);
 		CHECK(n >= 0 && (n == 2 || !racer.looked_unfenced));
@@ -428,22 +455,22 @@ static uint32_t serve_until_silent(struct bench *b)
 /* A driver that makes a chain available between any two accesses of the device gets it served. */
 static void test_a_chain_is_served_whenever_it_comes(void)
 {
-	for (uint32_t n = 0; n < 2 * 4 * 32 * 32; n++) {
+	for (uint32_t n = 0; n < KINDS * 4 * 32 * 32; n++) {
 		struct bench b = { 0 };
-		uint32_t before = n >> 1 & 3;
-		set_up(&b, n & 1);
+		uint32_t before = n >> 2 & 3;
+		set_up(&b, kinds[n % KINDS]);
 		serve_until_silent(&b);
 		for (uint32_t i = 0; i < before; i++)
 			offer_one(&b, i);
-		vdrv_split_publish(b.ring);
-		moments[0] = n >> 3 & 31;
-		moments[1] = n >> 8;
+		DRIVER(&b, publish);
+		moments[0] = n >> 4 & 31;
+		moments[1] = n >> 9;
 		racer.bench = &b;
 		racer.point = 0;
 		racer.act = offer_at_moments;
 		uint32_t served = serve_until_silent(&b);
 		racer.act = NULL;
-		CHECK(served == vdrv_split_avail_idx(b.ring));
+		CHECK(served == b.offered);
 		tear_down(&b);
 	}
 }
@@ -458,14 +485,14 @@ static void test_a_truncated_file_is_survived(void)
 	struct vmm_alias alias;
 	uint32_t id;
 
-	set_up(&b, false);
+	set_up(&b, kinds[0]);
 	CHECK(ftruncate(fd, 4 * PAGE) == 0);
 	uint8_t *ours = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	uint64_t at = (uintptr_t)ours;
 	CHECK(!vmm_device_map(b.device, 1ull << 40, 4 * PAGE, at, at, 4 * PAGE, 1u << 30, 3, &alias));
 	struct vdrv_segment parts[2] = { { 1ull << 40, 4 * PAGE, 0 }, { (1ull << 40) + PAGE, 3 * PAGE, VDRV_WRITE } };
-	vdrv_split_add(b.ring, parts, 2, 0, NULL);
-	vdrv_split_publish(b.ring);
+	DRIVER(&b, add, parts, 2, 0, NULL);
+	DRIVER(&b, publish);
 	CHECK(ftruncate(fd, PAGE) == 0);
 	CHECK(vmm_queue_pop(b.queue, chain, BATCH) == 1);
 	memset((uint8_t *)(uintptr_t)alias.addr, 1, 4 * PAGE);

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmmblk.client.pci import PciDevice
-    from vmmblk.client.queue import SplitQueue
+    from vmmblk.client.queue import Virtqueue
 
 __all__ = ["CONFIG_WIDTHS", "VirtioDevice"]
 
@@ -123,7 +123,7 @@ class VirtioDevice:
                 raise ProtocolError(f"wrote queue size {wanted}, read back {size}")
         return size
 
-    def start_queue(self, queue: SplitQueue, vector: int) -> None:
+    def start_queue(self, queue: Virtqueue, vector: int) -> None:
         """Tell the device where a queue is, give it its MSI-X vector, and enable it.
 
         Raises ProtocolError if the vector is refused.

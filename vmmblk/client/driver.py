@@ -17,7 +17,7 @@ from vmmblk.client.errors import NeedsReset, ProtocolError
 from vmmblk.client.interrupts import InterruptLines, Interrupts
 from vmmblk.client.memory import GuestMemory
 from vmmblk.client.pci import PciDevice
-from vmmblk.client.queue import DESCRIPTOR_SIZE, Descriptor, SplitQueue
+from vmmblk.client.queue import DESCRIPTOR_SIZE, Descriptor, PackedQueue, SplitQueue, Virtqueue
 from vmmblk.client.request import Framing, Pending, Request, cut, default_framing
 from vmmblk.client.wire import IrqIndex
 from vmmblk.spec import (
@@ -63,7 +63,7 @@ SUPPORTED = sum(
         Feature.RING_RESET,
     )
 )
-"""The features this driver takes when it is not told which."""
+"""The features this driver takes when it is not told which: with a split ring, the one that every device has."""
 
 _NO_LIMIT = 0xFFFFFFFF
 
@@ -99,7 +99,7 @@ class VirtioBlk:
         self.device = VirtioDevice(self.pci, timeout)
         self.wanted = SUPPORTED if features is None else features
         self.features = 0
-        self.queues: list[SplitQueue] = []
+        self.queues: list[Virtqueue] = []
         self.stray: list[tuple[int, int]] = []
         """Used elements (head, length) of chains that were offered behind this driver's back."""
         self._queue_size = queue_size
@@ -364,9 +364,10 @@ class VirtioBlk:
 
     # The inside.
 
-    def _new_queue(self, index: int) -> SplitQueue:
+    def _new_queue(self, index: int) -> Virtqueue:
         size = self.device.queue_size(index, self._queue_size)
-        queue = SplitQueue(self.memory, index, size, event_idx=self.has(Feature.EVENT_IDX))
+        layout = PackedQueue if self.has(Feature.RING_PACKED) else SplitQueue
+        queue = layout(self.memory, index, size, event_idx=self.has(Feature.EVENT_IDX))
         self.device.start_queue(queue, self.lines.queue_vector(index))
         return queue
 

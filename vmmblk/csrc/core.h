@@ -63,7 +63,7 @@ struct vmm_queue_config {
 	uint32_t size;
 	uint32_t vector;
 	uint64_t desc, driver, device;
-	bool event_idx, indirect;
+	bool event_idx, indirect, packed;
 };
 
 /* One mapped guest region.  addr is the core's own mapping (an alias of the transport's), NULL without a fd. */
@@ -114,7 +114,8 @@ enum slot_state {
 struct slot {
 	uint8_t state;
 	uint16_t generation;
-	uint16_t head;
+	uint16_t head;			/* what the driver knows the chain by: its first descriptor, or its buffer id */
+	uint16_t ring_slots;		/* how many slots of a packed ring it takes */
 	uint32_t epoch;			/* the queue's when the chain was popped */
 	bool has_status;
 	uint64_t status_iova;
@@ -127,15 +128,19 @@ struct slot {
 struct area {
 	uint64_t iova;
 	uint64_t len;
+	size_t align;
+	int prot;
 	uint8_t *host;			/* NULL when it straddles regions: then each access is translated */
 };
 
 struct vmm_device;
+struct vmm_ring_format;
 
 struct vmm_queue {
 	pthread_mutex_t lock;
 	struct vmm_device *device;
 	struct vmm_queue_config config;
+	const struct vmm_ring_format *format;
 	bool started;
 	int broken;			/* what every pop answers until the queue is stopped, 0 while all is well */
 	bool parked;			/* its areas are not mapped at the moment */
@@ -149,8 +154,9 @@ struct vmm_queue {
 	uint32_t segs_in_flight;
 	uint64_t generation;		/* of the memory map that the areas below were translated with */
 	struct area desc, driver, used;
-	uint16_t next_avail, next_used;
-	bool kicks_off;			/* used flags say that doorbells are not needed */
+	uint16_t next_avail, next_used;	/* positions, as the format counts them */
+	uint16_t avail_idx;		/* a split ring's available index when it was last looked at */
+	bool kicks_off;			/* the driver was told that doorbells are not needed */
 	bool saw_chain;
 	struct slot *slots;
 	uint32_t max_size, free_slot;

@@ -76,4 +76,40 @@ void vdrv_split_set_used_event(vdrv_split *ring, uint16_t event);
 uint16_t vdrv_split_used_flags(const vdrv_split *ring);
 uint16_t vdrv_split_avail_event(const vdrv_split *ring);
 
+/* A packed ring with the same face.  driver and device are the event suppression structures.  NULL with errno EINVAL
+ * (size not from 1 to 32768, misaligned area) or ENOMEM. */
+typedef struct vdrv_packed vdrv_packed;
+
+vdrv_packed *vdrv_packed_new(void *desc, void *driver, void *device, uint32_t size, bool event_idx);
+void vdrv_packed_free(vdrv_packed *ring);
+
+/* Slots not in use. */
+uint32_t vdrv_packed_room(const vdrv_packed *ring);
+
+/* As vdrv_split_add; returns the buffer id. */
+int vdrv_packed_add(vdrv_packed *ring, const struct vdrv_segment *segments, uint32_t count, uint64_t table_iova,
+                    void *table);
+
+/* The parts of add, for lists that break the rules.  reserve accounts for a list of count descriptors that the device
+ * is to return under an id: any below 65536, or VDRV_ANY_ID for a free one; returns the id, or -EINVAL, or -ENOSPC.
+ * put stores one in the next slot, made available.  write stores one literally in any slot, at once. */
+#define VDRV_ANY_ID UINT32_MAX
+int vdrv_packed_reserve(vdrv_packed *ring, uint32_t count, uint32_t id);
+void vdrv_packed_put(vdrv_packed *ring, uint64_t iova, uint32_t len, uint16_t flags, uint16_t id);
+int vdrv_packed_write(vdrv_packed *ring, uint32_t slot, uint64_t iova, uint32_t len, uint16_t flags, uint16_t id);
+
+/* As for a split ring; arm counts `ahead` in slots, and says only whether something is waiting. */
+void vdrv_packed_publish(vdrv_packed *ring);
+bool vdrv_packed_need_kick(vdrv_packed *ring);
+int vdrv_packed_get_used(vdrv_packed *ring, struct vdrv_used *out, uint32_t count);
+uint32_t vdrv_packed_arm(vdrv_packed *ring, uint16_t ahead);
+void vdrv_packed_disarm(vdrv_packed *ring);
+
+/* Raw access, right or wrong: positions (from 0 to twice the size), and the event suppression structures as one
+ * number, the flags in its high half. */
+uint32_t vdrv_packed_avail(const vdrv_packed *ring);
+uint32_t vdrv_packed_used(const vdrv_packed *ring);
+void vdrv_packed_set_wish(vdrv_packed *ring, uint32_t wish);
+uint32_t vdrv_packed_their_wish(const vdrv_packed *ring);
+
 #endif
