@@ -122,7 +122,7 @@ def test_whole_blocks_of_the_disk_are_served() -> None:
     assert parse(header(0, 16), 0, 8192, Limits(0, sector_size=4096)) == Read(16, 8192)
 
 
-UNKNOWN = [2, 3, 5, 6, 7, 9, 10, 12, 14, 15, 16, 18, 20, 22, 24, 26, 27, 0x80000000, 0x80000001, 0xFFFFFFFF]
+UNKNOWN = [2, 3, 5, 6, 7, 9, 10, 12, 14, 15, 16, 18, 20, 22, 24, 26, 27, 0x80000000, 0x80000004, 0xFFFFFFFF]
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
