@@ -64,15 +64,15 @@ def test_common_configuration_fields_are_contiguous() -> None:
 
 def test_block_configuration_fields_are_where_the_table_has_them() -> None:
     """BLK-024: struct virtio_blk_config is 96 bytes with the zoned block at offset 72."""
-    offsets = [0, 8, 12, 16, 20, 24, 25, 26, 28, 32, 34, 36, 40, 44, 48, 52, 56, 60, 64, 68, 72]
+    offsets = [0, 8, 12, 16, 20, 24, 25, 26, 28, 32, 34, 36, 40, 44, 48, 52, 56, 60, 64, 68, 72, 76, 80, 84, 88, 92]
     assert [field.value for field in BlkConfig] == offsets
     assert spec.BLK_CONFIG_SIZE == 96
 
 
 def test_requests_and_statuses_are_numbered_as_specified() -> None:
     """BLK-054..056: request types and status codes."""
-    assert [kind.value for kind in RequestType] == [0, 1, 4, 8, 10, 11, 13, 14]
-    assert [status.value for status in Status] == [0, 1, 2]
+    assert [kind.value for kind in RequestType] == [0, 1, 4, 8, 10, 11, 13, 14, 15, 16, 18, 20, 22, 24, 26]
+    assert [status.value for status in Status] == [0, 1, 2, 3, 4, 5, 6]
     assert [kind.value for kind in PciCapType] == [1, 2, 3, 4, 5]
 
 

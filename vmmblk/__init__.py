@@ -15,9 +15,25 @@ from vmmblk.block import (
     SupportsResize,
     SupportsSecureErase,
     SupportsWriteZeroes,
+    SupportsZones,
     Topology,
+    Zone,
+    ZoneModel,
+    ZoneState,
+    ZoneType,
+    Zoning,
 )
-from vmmblk.errors import BlockError, Disconnected, IsReadOnly, Unimplemented, Unknown
+from vmmblk.errors import (
+    BlockError,
+    Disconnected,
+    IsReadOnly,
+    Unimplemented,
+    Unknown,
+    ZoneActiveResource,
+    ZoneInvalidCommand,
+    ZoneOpenResource,
+    ZoneUnalignedWritePointer,
+)
 
 __all__ = [
     "Block",
@@ -34,7 +50,17 @@ __all__ = [
     "SupportsResize",
     "SupportsSecureErase",
     "SupportsWriteZeroes",
+    "SupportsZones",
     "Topology",
     "Unimplemented",
     "Unknown",
+    "Zone",
+    "ZoneActiveResource",
+    "ZoneInvalidCommand",
+    "ZoneModel",
+    "ZoneOpenResource",
+    "ZoneState",
+    "ZoneType",
+    "ZoneUnalignedWritePointer",
+    "Zoning",
 ]

@@ -52,7 +52,13 @@ __all__ = [
     "SupportsResize",
     "SupportsSecureErase",
     "SupportsWriteZeroes",
+    "SupportsZones",
     "Topology",
+    "Zone",
+    "ZoneModel",
+    "ZoneState",
+    "ZoneType",
+    "Zoning",
     "operations",
     "total_bytes",
 ]
@@ -105,6 +111,65 @@ class Lifetime:
     def __post_init__(self) -> None:
         if not (0 <= self.pre_eol_info <= 3 and 0 <= self.typ_a <= 11 and 0 <= self.typ_b <= 11):
             raise ValueError(f"{self} has a reserved value")
+
+
+class ZoneModel(enum.IntEnum):
+    """Whether sequential zones must be written in order, or should be; numbers as in VIRTIO."""
+
+    HOST_MANAGED = 1
+    HOST_AWARE = 2
+
+
+class ZoneType(enum.IntEnum):
+    """How a zone may be written; numbers as in VIRTIO."""
+
+    CONVENTIONAL = 1
+    SEQUENTIAL_REQUIRED = 2
+    SEQUENTIAL_PREFERRED = 3
+
+
+class ZoneState(enum.IntEnum):
+    """Where a zone is in its life; numbers as in VIRTIO."""
+
+    NOT_WRITE_POINTER = 0
+    EMPTY = 1
+    IMPLICIT_OPEN = 2
+    EXPLICIT_OPEN = 3
+    CLOSED = 4
+    READ_ONLY = 13
+    FULL = 14
+    OFFLINE = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Zone:
+    """A zone: ``start`` and ``write_pointer`` are sector numbers, ``capacity`` is sectors that can be written.
+
+    ``write_pointer`` means something only for a zone that is empty, open or closed.
+    """
+
+    start: int
+    capacity: int
+    write_pointer: int
+    type: ZoneType
+    state: ZoneState
+
+
+@dataclass(frozen=True, slots=True)
+class Zoning:
+    """How a zoned disk is divided.
+
+    Every zone has ``zone_sectors`` sectors, only the last may have fewer.  ``max_open`` and ``max_active`` count
+    zones, 0 is no limit.  ``max_append_sectors`` is the largest append, 0 if there is none.  Writes and appends to
+    sequential zones must end at a multiple of ``write_granularity`` bytes.
+    """
+
+    model: ZoneModel
+    zone_sectors: int
+    max_open: int
+    max_active: int
+    max_append_sectors: int
+    write_granularity: int
 
 
 class Block(ABC):
@@ -207,6 +272,42 @@ class SupportsResize(Protocol):
         """Keep ``changed`` and call it, from any thread, each time ``info`` has grown."""
 
 
+@runtime_checkable
+class SupportsZones(Protocol):
+    """A disk of zones that are written in order.
+
+    Its ``read`` and ``write`` obey the rules of zones too.  A call that breaks one raises ZoneInvalidCommand,
+    ZoneUnalignedWritePointer, ZoneOpenResource or ZoneActiveResource, and changes nothing.
+    """
+
+    def zoning(self) -> Zoning:
+        """How the disk is divided; always the same."""
+
+    def report_zones(self, sector_start: int, count: int) -> Awaitable[Sequence[Zone]] | Sequence[Zone]:
+        """At most ``count`` zones, beginning with the one that holds ``sector_start``."""
+
+    def open_zone(self, sector_start: int) -> Awaitable[None] | None:
+        """Open the zone that starts there explicitly."""
+
+    def close_zone(self, sector_start: int) -> Awaitable[None] | None:
+        """Close the zone that starts there."""
+
+    def finish_zone(self, sector_start: int) -> Awaitable[None] | None:
+        """Make the zone that starts there full."""
+
+    def reset_zone(self, sector_start: int) -> Awaitable[None] | None:
+        """Make the zone that starts there empty."""
+
+    def reset_all_zones(self) -> Awaitable[None] | None:
+        """Make every sequential zone empty that is open, closed or full."""
+
+    def append(self, sector_start: int, buffers: Buffers) -> Awaitable[int] | int:
+        """Write at the write pointer of the zone that starts there; the first sector written.
+
+        On return the data is persisted, as with ``write``.
+        """
+
+
 class Operation(enum.Flag):
     """Which optional protocols a block has."""
 
@@ -217,6 +318,7 @@ class Operation(enum.Flag):
     RESIZE = enum.auto()
     SECURE_ERASE = enum.auto()
     LIFETIME = enum.auto()
+    ZONES = enum.auto()
 
 
 _PROTOCOLS = {
@@ -227,6 +329,7 @@ _PROTOCOLS = {
     Operation.RESIZE: SupportsResize,
     Operation.SECURE_ERASE: SupportsSecureErase,
     Operation.LIFETIME: SupportsLifetime,
+    Operation.ZONES: SupportsZones,
 }
 
 

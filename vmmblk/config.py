@@ -2,7 +2,8 @@
 
 DISK is a path, ``memory:SIZE``, ``null:SIZE`` or ``./mydisk.py``, each with parameters of its own as ``k=v``.  The
 parameters of a disk are the keyword parameters of what makes it, and their annotations say what values may be: there is
-no second list of them.  Everything that can be wrong ends in a ConfigError of one line.
+no second list of them.  The same goes for filters, ``NAME`` or ``NAME:k=v,...``.  Everything that can be wrong ends in
+a ConfigError of one line.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -28,6 +29,7 @@ from vmmblk.errors import ConfigError
 from vmmblk.filters import prepare
 from vmmblk.filters.readonly import ReadOnly
 from vmmblk.filters.threaded import asynchronous
+from vmmblk.filters.zoned import Zoned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -55,11 +57,18 @@ def parse_size(text: str, *, unit: str = "") -> int:
 
 
 def open_disk(
-    spec: str, params: Sequence[str] = (), *, read_only: bool = False, block_size: int | None = None, lock: bool = True
+    spec: str,
+    params: Sequence[str] = (),
+    *,
+    read_only: bool = False,
+    block_size: int | None = None,
+    lock: bool = True,
+    filters: Sequence[str] = (),
 ) -> Block:
     """Open the disk that ``spec`` names with its ``k=v`` ``params``, ready for the server.
 
     ``block_size`` is that of sectors, in bytes; without it 512, or what the disk itself says.  ``lock`` is for files.
+    ``filters`` go on top of the disk, each as ``NAME`` or ``NAME:k=v,...``; the first is nearest to the guest.
     Raises: ConfigError.
     """
     request = _Request(spec, _split(params), read_only, block_size, lock)
@@ -68,6 +77,8 @@ def open_disk(
         _check(spec, block, block_size)
         if read_only and block.info.read_write:
             block = ReadOnly(asynchronous(block))
+        for text in reversed(filters):
+            block = _add_filter(text, block, spec)
         return prepare(block)
     except ConfigError:
         raise
@@ -148,6 +159,67 @@ def _open_python(request: _Request) -> Block:
         raise ConfigError(f"{request.spec}: {exc}") from exc
     except Exception as exc:
         raise _blame(request.spec, f"{disk_class.__name__}()", exc) from exc
+
+
+def _add_filter(text: str, block: Block, disk: str) -> Block:
+    """The filter that ``text`` names, on top of ``block``.  Raises: ConfigError."""
+    name, _, params = text.partition(":")
+    known = {"readonly": _readonly, "zoned": _zoned}
+    if name not in known:
+        raise ConfigError(f"there is no filter {name}; there are {', '.join(known)}")
+    add = known[name](asynchronous(block), disk)
+    request = _Request(
+        f"--filter {name}", _split(params.split(",") if params else []), read_only=False, block_size=None, lock=False
+    )
+    try:
+        return add(**_arguments(request, add))
+    except ConfigError as exc:
+        message = str(exc)
+        raise ConfigError(message if message.startswith("--filter") else f"--filter {name}: {message}") from None
+
+
+def _readonly(block: Block, _disk: str) -> Callable[..., Block]:
+    def readonly() -> Block:
+        return ReadOnly(block)
+
+    return readonly
+
+
+def _zoned(block: Block, disk: str) -> Callable[..., Block]:
+    def zoned(
+        *,
+        zone_size: int,
+        conventional: int = 0,
+        zone_capacity: int = 0,
+        max_open: int = 0,
+        max_active: int = 0,
+        max_append: int = 1 << 20,
+        write_granularity: int = 0,
+        model: Literal["host-managed", "host-aware"] = "host-managed",
+        state: Path | None = None,
+    ) -> Block:
+        return Zoned(
+            block,
+            zone_size=zone_size,
+            conventional=conventional,
+            zone_capacity=zone_capacity,
+            max_open=max_open,
+            max_active=max_active,
+            max_append=max_append,
+            write_granularity=write_granularity,
+            model=model,
+            state=state or _beside(disk),
+        )
+
+    return zoned
+
+
+def _beside(disk: str) -> Path | None:
+    """Where the zones of a disk are remembered if the user does not say: beside an image, else nowhere."""
+    path = Path(disk)
+    if path.is_block_device():
+        raise ConfigError(f"say with state=FILE where the write pointers of {disk} are to be kept")
+    return path.with_name(path.name + ".zones") if path.is_file() and path.suffix != ".py" else None
 
 
 def _load(spec: str) -> ModuleType:

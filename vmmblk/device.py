@@ -26,12 +26,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Literal
 
-from vmmblk.block import BlockInfo, Operation, Topology
+from vmmblk.block import BlockInfo, Operation, Topology, ZoneModel, Zoning
 from vmmblk.spec import (
+    BLK_CONFIG_SIZE,
     NO_VECTOR,
     QUEUE_SIZE_MAX,
     SECTOR_SIZE,
@@ -158,15 +159,19 @@ def configure(
     *,
     queue_size: int = 256,
     cache: Literal["writeback", "writethrough"] = "writeback",
+    zoning: Zoning | None = None,
 ) -> DeviceConfig:
     """The device for a block: what the block can do becomes features and configuration, and nothing else does.
 
     ``cache`` is the mode in which a guest that can choose starts; a block without a cache is always written through.
+    ``zoning`` is that of a block with zones.
     Raises: ValueError if ``queue_size`` is not one a queue can have.
     """
     can_cache = Operation.FLUSH in ops and info.read_write
-    can_discard = Operation.DISCARD in ops and info.read_write
-    can_zero = Operation.WRITE_ZEROES in ops and info.read_write
+    # On a host-managed disk both would go round the write pointers (HOSTILE-198).
+    in_any_order = info.read_write and not (zoning and zoning.model is ZoneModel.HOST_MANAGED)
+    can_discard = Operation.DISCARD in ops and in_any_order
+    can_zero = Operation.WRITE_ZEROES in ops and in_any_order
     can_erase = Operation.SECURE_ERASE in ops and info.read_write
     # FLUSH is offered in any case: a guest without it must be asked to persist each write (BLK-065).
     wanted = {
@@ -185,6 +190,7 @@ def configure(
         Feature.BLK_WRITE_ZEROES: can_zero,
         Feature.BLK_LIFETIME: Operation.LIFETIME in ops,
         Feature.BLK_SECURE_ERASE: can_erase,
+        Feature.BLK_ZONED: zoning is not None,
     }
     block = info.sector_size
     blk = BlkConfigSpace(
@@ -207,8 +213,29 @@ def configure(
         max_secure_erase_seg=_RANGE_SEG_MAX if can_erase else 0,
         secure_erase_sector_alignment=block // SECTOR_SIZE if can_erase else 0,
     )
+    if zoning is not None:
+        blk = _divide(blk, zoning, block)
     features = sum(feature.mask for feature, yes in wanted.items() if yes)
     return DeviceConfig(features=features, blk=blk, queue_size=queue_size)
+
+
+def _divide(blk: BlkConfigSpace, zoning: Zoning, block: int) -> BlkConfigSpace:
+    """``blk`` with the zones of a disk whose sectors have ``block`` bytes (BLK-039 to 049)."""
+    scale = block // SECTOR_SIZE
+    zone_sectors = zoning.zone_sectors * scale
+    if blk.max_secure_erase_sectors:  # whole zones only (BLK-140)
+        most = max(blk.max_secure_erase_sectors // zone_sectors, 1) * zone_sectors
+        blk = replace(blk, max_secure_erase_sectors=most, secure_erase_sector_alignment=zone_sectors)
+    return replace(
+        blk,
+        zone_sectors=zone_sectors,
+        max_open_zones=zoning.max_open,
+        max_active_zones=zoning.max_active,
+        # what the segments of a request can hold, in whole blocks (BLK-046)
+        max_append_sectors=min(zoning.max_append_sectors, blk.seg_max * blk.size_max // block) * scale,
+        write_granularity=zoning.write_granularity,
+        zoned_model=zoning.model,
+    )
 
 
 def _is_queue_size(size: int, most: int) -> bool:
@@ -373,6 +400,7 @@ class Device:
         self._queue_select = 0
         self._queues = [_Queue(self.config.queue_size) for _ in range(self.config.queues)]
         self._set_writeback(on=bool(self.config.blk.writeback))
+        self._set_zoned(self.config.blk.pack()[BlkConfig.ZONED :])
         self._interrupt_owed = False  # the capacity has changed and the driver could not be told yet
 
     # --- state ---
@@ -481,6 +509,11 @@ class Device:
             self._blk[BlkConfig.WRITEBACK] = on
             self._config_unread = True
 
+    def _set_zoned(self, fields: bytes) -> None:
+        if self._blk[BlkConfig.ZONED :] != fields:
+            self._blk[BlkConfig.ZONED :] = fields
+            self._config_unread = True
+
     # --- common configuration ---
 
     def common_read(self, offset: int, length: int) -> bytes:
@@ -558,10 +591,15 @@ class Device:
         return []
 
     def _finish_negotiation(self) -> None:
-        # A non-transitional device cannot serve a driver without VERSION_1; no other block feature depends on one.
-        if not self._has(Feature.VERSION_1):
+        # A non-transitional device cannot serve a driver without VERSION_1, nor can a driver that knows of no zones
+        # use a host-managed disk (BLK-038); no other block feature depends on one.
+        zoned = self._has(Feature.BLK_ZONED)
+        if not self._has(Feature.VERSION_1) or (self.config.blk.zoned_model == ZoneModel.HOST_MANAGED and not zoned):
             self._status &= ~DeviceStatus.FEATURES_OK
-        elif not self._has(Feature.BLK_FLUSH):
+            return
+        if not zoned:
+            self._set_zoned(bytes(BLK_CONFIG_SIZE - BlkConfig.ZONED))  # BLK-037
+        if not self._has(Feature.BLK_FLUSH):
             # Such a driver could not make its writes durable, so each of them must be (BLK-032, BLK-065).
             self._set_writeback(on=False)
 

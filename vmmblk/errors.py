@@ -8,10 +8,12 @@
     |   +-- Unimplemented       not implemented; no data has been written
     |   +-- IsReadOnly          the device is read-only; no data has been written
     |   +-- Disconnected        disconnected at the application's request; an unknown amount was written
+    |   +-- ZoneInvalidCommand, ZoneUnalignedWritePointer, ZoneOpenResource, ZoneActiveResource
+    |                           a rule of zoned disks is broken; no data has been written
     +-- BadRequest              the guest sent a request that breaks a rule -> it carries the status
     +-- ConfigError             the user asked for something impossible  -> one line, exit status 2
 
-The four block errors and what they promise about written data are those of MirageOS V1 BLOCK.
+The first four block errors and what they promise about written data are those of MirageOS V1 BLOCK.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ __all__ = [
     "IsReadOnly",
     "Unimplemented",
     "Unknown",
+    "ZoneActiveResource",
+    "ZoneInvalidCommand",
+    "ZoneOpenResource",
+    "ZoneUnalignedWritePointer",
     "status_of",
 ]
 
@@ -65,6 +71,26 @@ class Disconnected(BlockError):
     errno = errno.ENODEV
 
 
+class ZoneInvalidCommand(BlockError):
+    """A zone cannot do this in the state it is in, or is none; no data has been written, no state has changed."""
+
+
+class ZoneUnalignedWritePointer(BlockError):
+    """A write does not begin at the write pointer of its zone, or ends unaligned; no data has been written."""
+
+
+class ZoneOpenResource(BlockError):
+    """More zones would be open than the disk can have; no data has been written."""
+
+    errno = errno.EMFILE
+
+
+class ZoneActiveResource(BlockError):
+    """More zones would be active than the disk can have; no data has been written."""
+
+    errno = errno.EOVERFLOW
+
+
 class BadRequest(Error):
     """The guest sent a request that breaks a rule; ``status`` is what it gets for it."""
 
@@ -80,10 +106,18 @@ class ConfigError(Error):
 def status_of(error: BaseException) -> Status:
     """The virtio-blk status byte for an exception that ended a request ("Device Operation").
 
-    Unimplemented is UNSUPP, a bad request carries its own status, everything else is IOERR.
+    Unimplemented is UNSUPP, the zone errors have statuses of their own, a bad request carries its status, everything
+    else is IOERR.
     """
     if isinstance(error, BadRequest):
         return error.status
-    if isinstance(error, Unimplemented):
-        return Status.UNSUPP
-    return Status.IOERR
+    return next((status for kind, status in _STATUSES.items() if isinstance(error, kind)), Status.IOERR)
+
+
+_STATUSES = {
+    Unimplemented: Status.UNSUPP,
+    ZoneInvalidCommand: Status.ZONE_INVALID_CMD,
+    ZoneUnalignedWritePointer: Status.ZONE_UNALIGNED_WP,
+    ZoneOpenResource: Status.ZONE_OPEN_RESOURCE,
+    ZoneActiveResource: Status.ZONE_ACTIVE_RESOURCE,
+}

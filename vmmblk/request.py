@@ -13,6 +13,7 @@ are those of the protocol, 512 bytes each, whatever the logical block size of th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmmblk.errors import BadRequest
@@ -23,6 +24,9 @@ from vmmblk.spec import (
     REQUEST_HEADER,
     SECTOR_SIZE,
     WRITE_ZEROES_FLAG_UNMAP,
+    ZONE_APPEND_SECTOR,
+    ZONE_DESCRIPTOR,
+    ZONE_REPORT_HEADER,
     Feature,
     RequestType,
     Status,
@@ -44,6 +48,9 @@ __all__ = [
     "SegmentLimits",
     "Write",
     "WriteZeroes",
+    "ZoneAppend",
+    "ZoneCommand",
+    "ZoneReport",
     "parse",
     "parse_ranges",
 ]
@@ -103,7 +110,46 @@ class GetLifetime:
     """GET_LIFETIME: put struct virtio_blk_lifetime into the device-writable data, which has room for it."""
 
 
-Request = Read | Write | Flush | GetId | Discard | WriteZeroes | SecureErase | GetLifetime
+@dataclass(frozen=True, slots=True)
+class ZoneAppend:
+    """ZONE_APPEND: store ``length`` bytes of device-readable data in the zone that starts at ``sector``.
+
+    The device-writable data is the 8 bytes of append_sector.
+    """
+
+    sector: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneReport:
+    """ZONE_REPORT: describe zones from the one that holds ``sector`` on; the buffer has room for ``zones`` of them."""
+
+    sector: int
+    zones: int
+
+
+@dataclass(frozen=True, slots=True)
+class ZoneCommand:
+    """ZONE_OPEN, CLOSE, FINISH or RESET of the zone that starts at ``sector``, or ZONE_RESET_ALL, which has none."""
+
+    type: RequestType
+    sector: int
+
+
+Request = (
+    Read
+    | Write
+    | Flush
+    | GetId
+    | Discard
+    | WriteZeroes
+    | SecureErase
+    | GetLifetime
+    | ZoneAppend
+    | ZoneReport
+    | ZoneCommand
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +170,7 @@ class Limits:
 
     ``features`` is the negotiated mask, ``sector_size`` the logical block size of the disk in bytes (a power of
     two), ``capacity`` the size of the disk in 512-byte sectors, None to leave that check to the disk.
+    ``max_append_sectors`` is that of the configuration, in 512-byte sectors.
     """
 
     features: int
@@ -132,6 +179,7 @@ class Limits:
     write_zeroes: SegmentLimits = SegmentLimits(0, 0)
     secure_erase: SegmentLimits = SegmentLimits(0, 0)
     capacity: int | None = None
+    max_append_sectors: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,47 +216,83 @@ def parse(header: bytes, readable: int, writable: int, limits: Limits) -> Reques
         return Read(sector, writable)
     if kind == _OUT:
         if (sector * SECTOR_SIZE | readable) % limits.sector_size:
-            raise _unaligned(sector, readable, limits)
+            zoned = limits.features & Feature.BLK_ZONED.mask
+            raise _unaligned(sector, readable, limits, Status.ZONE_UNALIGNED_WP if zoned else Status.IOERR)
         return Write(sector, readable)
     parse_other = _OTHERS.get(kind)
     if parse_other is None:
         raise BadRequest(Status.UNSUPP, f"request type {kind:#x} is not known")
-    return parse_other(readable, writable, limits)
+    return parse_other(sector, readable, writable, limits)
 
 
-def _unaligned(sector: int, length: int, limits: Limits) -> BadRequest:
-    return BadRequest(Status.IOERR, f"{length} bytes at sector {sector} are not whole blocks of {limits.sector_size}")
+def _unaligned(sector: int, length: int, limits: Limits, status: Status = Status.IOERR) -> BadRequest:
+    return BadRequest(status, f"{length} bytes at sector {sector} are not whole blocks of {limits.sector_size}")
 
 
-def _parse_flush(_readable: int, _writable: int, _limits: Limits) -> Request:
+def _parse_flush(_sector: int, _readable: int, _writable: int, _limits: Limits) -> Request:
     # Performed whether or not FLUSH was negotiated: it can do no harm, and OK is then never a lie.
     return Flush()
 
 
-def _parse_get_id(_readable: int, writable: int, _limits: Limits) -> Request:
+def _parse_get_id(_sector: int, _readable: int, writable: int, _limits: Limits) -> Request:
     return GetId(min(writable, BLK_ID_BYTES))
 
 
-def _parse_discard(readable: int, _writable: int, limits: Limits) -> Request:
+def _parse_discard(_sector: int, readable: int, _writable: int, limits: Limits) -> Request:
     _check_segments(Feature.BLK_DISCARD, readable, limits, limits.discard)
     return Discard(readable)
 
 
-def _parse_write_zeroes(readable: int, _writable: int, limits: Limits) -> Request:
+def _parse_write_zeroes(_sector: int, readable: int, _writable: int, limits: Limits) -> Request:
     _check_segments(Feature.BLK_WRITE_ZEROES, readable, limits, limits.write_zeroes)
     return WriteZeroes(readable)
 
 
-def _parse_secure_erase(readable: int, _writable: int, limits: Limits) -> Request:
+def _parse_secure_erase(_sector: int, readable: int, _writable: int, limits: Limits) -> Request:
     _check_segments(Feature.BLK_SECURE_ERASE, readable, limits, limits.secure_erase)
     return SecureErase(readable)
 
 
-def _parse_get_lifetime(_readable: int, writable: int, limits: Limits) -> Request:
+def _parse_get_lifetime(_sector: int, _readable: int, writable: int, limits: Limits) -> Request:
     _require(Feature.BLK_LIFETIME, limits)
     if writable < LIFETIME.size:
         raise BadRequest(Status.IOERR, f"{writable} bytes have no room for a lifetime of {LIFETIME.size}")
     return GetLifetime()
+
+
+def _parse_zone_append(sector: int, readable: int, writable: int, limits: Limits) -> Request:
+    _require(Feature.BLK_ZONED, limits)
+    if writable != ZONE_APPEND_SECTOR.size:
+        raise BadRequest(Status.IOERR, f"{writable} bytes for append_sector, not {ZONE_APPEND_SECTOR.size}")
+    if readable > limits.max_append_sectors * SECTOR_SIZE:
+        # BLK-114, BLK-115
+        status = Status.ZONE_INVALID_CMD if limits.max_append_sectors else Status.UNSUPP
+        raise BadRequest(status, f"{readable} bytes to append, at most {limits.max_append_sectors} sectors are allowed")
+    if readable % limits.sector_size:
+        raise _unaligned(sector, readable, limits, Status.ZONE_UNALIGNED_WP)
+    return ZoneAppend(_zone_sector(sector, limits), readable)
+
+
+def _parse_zone_report(sector: int, _readable: int, writable: int, limits: Limits) -> Request:
+    _require(Feature.BLK_ZONED, limits)
+    room = writable - ZONE_REPORT_HEADER.size
+    if room < 0:
+        raise BadRequest(Status.IOERR, f"{writable} bytes have no room for a zone report")
+    return ZoneReport(sector, room // ZONE_DESCRIPTOR.size)
+
+
+def _parse_zone_command(sector: int, _readable: int, _writable: int, limits: Limits, *, kind: RequestType) -> Request:
+    _require(Feature.BLK_ZONED, limits)
+    if kind is RequestType.ZONE_RESET_ALL:
+        return ZoneCommand(kind, 0)  # HOSTILE-195: the sector has no meaning
+    return ZoneCommand(kind, _zone_sector(sector, limits))
+
+
+def _zone_sector(sector: int, limits: Limits) -> int:
+    """``sector``, which must start a zone, so at least a block."""
+    if sector * SECTOR_SIZE % limits.sector_size:
+        raise BadRequest(Status.ZONE_INVALID_CMD, f"no zone starts at sector {sector}")
+    return sector
 
 
 def _require(feature: Feature, limits: Limits) -> None:
@@ -226,13 +310,20 @@ def _check_segments(feature: Feature, length: int, limits: Limits, allowed: Segm
         raise BadRequest(Status.IOERR, f"{segments} segments, at most {allowed.max_seg} are allowed")
 
 
-_OTHERS: dict[int, Callable[[int, int, Limits], Request]] = {
+_OTHERS: dict[int, Callable[[int, int, int, Limits], Request]] = {
     RequestType.FLUSH: _parse_flush,
     RequestType.GET_ID: _parse_get_id,
     RequestType.DISCARD: _parse_discard,
     RequestType.WRITE_ZEROES: _parse_write_zeroes,
     RequestType.SECURE_ERASE: _parse_secure_erase,
     RequestType.GET_LIFETIME: _parse_get_lifetime,
+    RequestType.ZONE_APPEND: _parse_zone_append,
+    RequestType.ZONE_REPORT: _parse_zone_report,
+    RequestType.ZONE_OPEN: partial(_parse_zone_command, kind=RequestType.ZONE_OPEN),
+    RequestType.ZONE_CLOSE: partial(_parse_zone_command, kind=RequestType.ZONE_CLOSE),
+    RequestType.ZONE_FINISH: partial(_parse_zone_command, kind=RequestType.ZONE_FINISH),
+    RequestType.ZONE_RESET: partial(_parse_zone_command, kind=RequestType.ZONE_RESET),
+    RequestType.ZONE_RESET_ALL: partial(_parse_zone_command, kind=RequestType.ZONE_RESET_ALL),
 }
 
 
@@ -250,10 +341,7 @@ def parse_ranges(request_type: RequestType, payload: bytes, limits: Limits) -> t
     else:
         raise BadRequest(Status.UNSUPP, f"request type {request_type:#x} has no segments")
     _check_segments(feature, len(payload), limits, allowed)
-    ranges = [
-        _parse_range(segment, flags_allowed, allowed, limits)
-        for segment in DISCARD_SEGMENT.iter_unpack(payload)
-    ]
+    ranges = [_parse_range(segment, flags_allowed, allowed, limits) for segment in DISCARD_SEGMENT.iter_unpack(payload)]
     return tuple(each for each in ranges if each.sectors)
 
 

@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from vmmblk.block import Block, Operation, SupportsIdentify, SupportsResize, operations
+from vmmblk.block import Block, Operation, SupportsIdentify, SupportsResize, SupportsZones, Zoning, operations
 from vmmblk.budget import DrainBudget, LogBudget
 from vmmblk.device import (
     ConfigInterrupt,
@@ -108,7 +108,12 @@ class Server:
         info = block.info
         try:
             self._config = configure(
-                info, operations(block), block.topology, queue_size=options.queue_size, cache=options.cache
+                info,
+                operations(block),
+                block.topology,
+                queue_size=options.queue_size,
+                cache=options.cache,
+                zoning=_zoning(block),
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -352,6 +357,7 @@ class Server:
                 secure_erase=SegmentLimits(
                     blk.max_secure_erase_sectors, blk.max_secure_erase_seg, blk.secure_erase_sector_alignment or 1
                 ),
+                max_append_sectors=blk.max_append_sectors,
             )
         )
         self._worker.set_write_cache(self._device.write_cache)
@@ -471,6 +477,10 @@ def _inode(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _zoning(block: Block) -> Zoning | None:
+    return block.zoning() if isinstance(block, SupportsZones) and Operation.ZONES in operations(block) else None
 
 
 def _clear_stale_socket(path: Path) -> None:

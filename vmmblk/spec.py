@@ -22,6 +22,9 @@ __all__ = [
     "REQUEST_HEADER",
     "SECTOR_SIZE",
     "WRITE_ZEROES_FLAG_UNMAP",
+    "ZONE_APPEND_SECTOR",
+    "ZONE_DESCRIPTOR",
+    "ZONE_REPORT_HEADER",
     "BlkConfig",
     "CommonCfg",
     "DescFlag",
@@ -161,6 +164,12 @@ class BlkConfig(enum.IntEnum):
     MAX_SECURE_ERASE_SEG = 64
     SECURE_ERASE_SECTOR_ALIGNMENT = 68
     ZONED = 72
+    ZONE_SECTORS = 72
+    MAX_OPEN_ZONES = 76
+    MAX_ACTIVE_ZONES = 80
+    MAX_APPEND_SECTORS = 84
+    WRITE_GRANULARITY = 88
+    ZONED_MODEL = 92
 
 
 BLK_CONFIG_SIZE = 96
@@ -185,6 +194,13 @@ class RequestType(enum.IntEnum):
     DISCARD = 11
     WRITE_ZEROES = 13
     SECURE_ERASE = 14
+    ZONE_APPEND = 15
+    ZONE_REPORT = 16
+    ZONE_OPEN = 18
+    ZONE_CLOSE = 20
+    ZONE_FINISH = 22
+    ZONE_RESET = 24
+    ZONE_RESET_ALL = 26
 
 
 class Status(enum.IntEnum):
@@ -193,6 +209,10 @@ class Status(enum.IntEnum):
     OK = 0
     IOERR = 1
     UNSUPP = 2
+    ZONE_INVALID_CMD = 3
+    ZONE_UNALIGNED_WP = 4
+    ZONE_OPEN_RESOURCE = 5
+    ZONE_ACTIVE_RESOURCE = 6
 
 
 REQUEST_HEADER = struct.Struct("<IIQ")
@@ -205,6 +225,15 @@ WRITE_ZEROES_FLAG_UNMAP = 1
 
 LIFETIME = struct.Struct("<HHH")
 """struct virtio_blk_lifetime: pre_eol_info, device_lifetime_est_typ_a, device_lifetime_est_typ_b."""
+
+ZONE_REPORT_HEADER = struct.Struct("<Q56x")
+"""struct virtio_blk_zone_report up to the descriptors: nr_zones."""
+
+ZONE_DESCRIPTOR = struct.Struct("<QQQBB38x")
+"""struct virtio_blk_zone_descriptor: z_cap, z_start, z_wp, z_type, z_state."""
+
+ZONE_APPEND_SECTOR = struct.Struct("<Q")
+"""append_sector, between the data and the status of a zone append."""
 
 BLK_ID_BYTES = 20
 """Length of a GET_ID answer: ASCII, NUL padded, no terminator when all bytes are used."""

@@ -16,6 +16,7 @@ import dataclasses
 import logging
 import mmap
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from vmmblk.block import (
@@ -28,10 +29,12 @@ from vmmblk.block import (
     SupportsLifetime,
     SupportsSecureErase,
     SupportsWriteZeroes,
+    SupportsZones,
+    Zone,
     operations,
 )
 from vmmblk.budget import LogBudget
-from vmmblk.errors import BadRequest, BlockError, status_of
+from vmmblk.errors import BadRequest, BlockError, Unimplemented, status_of
 from vmmblk.request import (
     Discard,
     Flush,
@@ -43,14 +46,27 @@ from vmmblk.request import (
     SecureErase,
     Write,
     WriteZeroes,
+    ZoneAppend,
+    ZoneCommand,
+    ZoneReport,
     parse,
     parse_ranges,
 )
 from vmmblk.ring import Chain, Queue, RingFailure
-from vmmblk.spec import BLK_ID_BYTES, LIFETIME, SECTOR_SIZE, RequestType, Status
+from vmmblk.spec import (
+    BLK_ID_BYTES,
+    LIFETIME,
+    SECTOR_SIZE,
+    ZONE_APPEND_SECTOR,
+    ZONE_DESCRIPTOR,
+    ZONE_REPORT_HEADER,
+    Feature,
+    RequestType,
+    Status,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
 
 __all__ = ["Supervisor", "Worker"]
 
@@ -58,6 +74,7 @@ log = logging.getLogger("vmmblk.worker")
 
 _BOUNCE_CHUNK = 1 << 20  # bytes of a bounced request that are in private memory at a time
 _BOUNCES = 32  # requests that bounce at a time
+_REPORT_ZONES = 16384  # zones told of in one request: 1 MiB
 
 # What only a bug in a disk lets out.  Nobody cancels a task here, so CancelledError is one as well, and a disk that
 # exits must not take the event loop with it.
@@ -102,7 +119,10 @@ class Worker:
         self._bug_log = LogBudget()
         self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
-        self._bounces = asyncio.Semaphore(_BOUNCES)
+        self._zoned = block if isinstance(block, SupportsZones) and Operation.ZONES in operations(block) else None
+        self._scale = self._sector_size // SECTOR_SIZE
+        # A write to a zone is one write or none, so it cannot be cut into pieces; but then not many at a time.
+        self._bounces = asyncio.Semaphore(_BOUNCES if self._zoned is None else 1)
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self.failed: BaseException | None = None
         """What ended the worker before its time."""
@@ -206,11 +226,17 @@ class Worker:
             status, written = await self._answer(chain)
         except (BadRequest, BlockError, OSError) as error:  # the guest or the disk: quiet
             log.debug("a request failed: %s", error)
-            status, written = status_of(error), 0
+            status, written = self._status_of(error), 0
         except _BUGS as error:
             self._report_bug(error)
             status, written = status_of(error), 0
         self._complete(queue, chain.token, status, written)
+
+    def _status_of(self, error: BaseException) -> Status:
+        status = status_of(error)
+        # a driver that did not take ZONED, as on a host-aware disk, knows nothing of its statuses
+        known = status <= Status.UNSUPP or self._limits.features & Feature.BLK_ZONED.mask
+        return status if known else Status.IOERR
 
     def _report_bug(self, error: BaseException) -> None:
         message = "the disk raised %s; the guest gets an I/O error"
@@ -264,6 +290,12 @@ class Worker:
             await self._secure_erase(chain)
         elif isinstance(request, GetLifetime):
             return await self._get_lifetime(chain)
+        elif isinstance(request, ZoneReport):
+            return await self._zone_report(request, chain)
+        elif isinstance(request, ZoneAppend):
+            return await self._zone_append(request, chain)
+        elif isinstance(request, ZoneCommand):
+            await self._zone_command(request)
         return Status.OK, 0
 
     async def _discard(self, chain: Chain) -> None:
@@ -290,12 +322,52 @@ class Worker:
         _scatter(LIFETIME.pack(worn.pre_eol_info, worn.typ_a, worn.typ_b), chain.views_out)
         return Status.OK, LIFETIME.size
 
+    async def _zone_report(self, request: ZoneReport, chain: Chain) -> Outcome:
+        count = min(request.zones, _REPORT_ZONES)
+        found = self._zones.report_zones(request.sector // self._scale, count)
+        zones = found if isinstance(found, Sequence) else await found
+        descriptors = b"".join(_describe_zone(zone, self._scale) for zone in zones[:count])
+        report = ZONE_REPORT_HEADER.pack(len(descriptors) // ZONE_DESCRIPTOR.size) + descriptors
+        _scatter(report, chain.views_out)
+        return Status.OK, len(report)
+
+    async def _zone_append(self, request: ZoneAppend, chain: Chain) -> Outcome:
+        zone = request.sector // self._scale
+        if self._fits(chain.views_in, chain.addresses):
+            placed = self._zones.append(zone, chain.views_in)
+            sector = placed if isinstance(placed, int) else await placed
+        else:
+            async with self._bounces:
+                copy = _private_copy(chain.views_in)
+                placed = self._zones.append(zone, [copy] if copy else [])
+                sector = placed if isinstance(placed, int) else await placed
+        _scatter(ZONE_APPEND_SECTOR.pack(sector * self._scale), chain.views_out)
+        return Status.OK, ZONE_APPEND_SECTOR.size
+
+    async def _zone_command(self, request: ZoneCommand) -> None:
+        if request.type is RequestType.ZONE_RESET_ALL:
+            await _finished(self._zones.reset_all_zones())
+            return
+        call = {
+            RequestType.ZONE_OPEN: self._zones.open_zone,
+            RequestType.ZONE_CLOSE: self._zones.close_zone,
+            RequestType.ZONE_FINISH: self._zones.finish_zone,
+            RequestType.ZONE_RESET: self._zones.reset_zone,
+        }[request.type]
+        await _finished(call(request.sector // self._scale))
+
+    @property
+    def _zones(self) -> SupportsZones:
+        if self._zoned is None:
+            raise Unimplemented("this disk has no zones")
+        return self._zoned
+
     def _ranges(self, kind: RequestType, chain: Chain) -> list[tuple[int, int, bool]]:
         # the payload is copied once, then validated as a whole: the guest may be changing it
         payload = b"".join(chain.views_in)
         limits = dataclasses.replace(self._limits, capacity=self._block.info.size_bytes // SECTOR_SIZE)
-        scale = self._sector_size // SECTOR_SIZE
-        return [(r.sector // scale, r.sectors // scale, r.unmap) for r in parse_ranges(kind, payload, limits)]
+        ranges = parse_ranges(kind, payload, limits)
+        return [(r.sector // self._scale, r.sectors // self._scale, r.unmap) for r in ranges]
 
     async def _transfer(
         self,
@@ -331,7 +403,7 @@ class Worker:
         length = sum(map(len, views))
         if sector * self._sector_size + length > self._block.info.size_bytes:
             raise BadRequest(Status.IOERR, "the request reaches past the end of the disk")
-        for piece in _pieces(views, _BOUNCE_CHUNK):
+        for piece in _pieces(views, _BOUNCE_CHUNK if self._zoned is None else max(length, 1)):
             size = sum(map(len, piece))
             buffer = memoryview(mmap.mmap(-1, size))  # page-aligned; freed with the last view of it
             if not fill:
@@ -380,6 +452,18 @@ def _scatter(data: bytes | memoryview, views: Sequence[memoryview]) -> None:
         part = data[at : at + len(view)]
         view[: len(part)] = part
         at += len(part)
+
+
+def _describe_zone(zone: Zone, scale: int) -> bytes:
+    return ZONE_DESCRIPTOR.pack(
+        zone.capacity * scale, zone.start * scale, zone.write_pointer * scale, zone.type, zone.state
+    )
+
+
+def _private_copy(views: Sequence[memoryview]) -> memoryview:
+    buffer = memoryview(mmap.mmap(-1, max(sum(map(len, views)), 1)))[: sum(map(len, views))]
+    _gather(views, buffer)
+    return buffer
 
 
 def _gather(views: Sequence[memoryview], buffer: memoryview) -> None:

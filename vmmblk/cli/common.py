@@ -41,6 +41,7 @@ class DiskOptions:
     queue_size: int
     cache: Literal["writeback", "writethrough"]
     no_lock: bool
+    filters: tuple[str, ...]
     stop_timeout: float
     bootindex: int | None
     log_level: str
@@ -57,6 +58,7 @@ class DiskOptions:
             read_only=self.read_only,
             block_size=None if self.block_size is None else int(self.block_size),
             lock=not self.no_lock,
+            filters=self.filters,
         )
         options = ServerOptions(serial=self.serial, queue_size=self.queue_size, cache=self.cache)
         return Server(socket_path, block, options)
@@ -74,6 +76,13 @@ def disk_options(command: Command) -> Command:
             type=click.Choice(["writeback", "writethrough"]),
             default="writeback",
             help="Whether writes may wait for the guest's flush (writeback), if the disk can.",
+        ),
+        click.option(
+            "--filter",
+            "filters",
+            multiple=True,
+            metavar="NAME[:K=V,...]",
+            help="Put a filter on the disk: readonly, or zoned:zone_size=64M. Repeatable; the first is on top.",
         ),
         click.option("--no-lock", is_flag=True, help="Do not lock the image file."),
         click.option(

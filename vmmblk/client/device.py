@@ -40,6 +40,7 @@ CONFIG_WIDTHS = {
     BlkConfig.WRITEBACK: 1,
     BlkConfig.NUM_QUEUES: 2,
     BlkConfig.WRITE_ZEROES_MAY_UNMAP: 1,
+    BlkConfig.ZONED_MODEL: 1,
 }
 """Bytes of each field of the block configuration; those not named are 4."""
 

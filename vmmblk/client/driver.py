@@ -26,6 +26,9 @@ from vmmblk.spec import (
     LIFETIME,
     SECTOR_SIZE,
     WRITE_ZEROES_FLAG_UNMAP,
+    ZONE_APPEND_SECTOR,
+    ZONE_DESCRIPTOR,
+    ZONE_REPORT_HEADER,
     BlkConfig,
     CommonCfg,
     DeviceStatus,
@@ -56,6 +59,7 @@ SUPPORTED = sum(
         Feature.BLK_WRITE_ZEROES,
         Feature.BLK_LIFETIME,
         Feature.BLK_SECURE_ERASE,
+        Feature.BLK_ZONED,
         Feature.INDIRECT_DESC,
         Feature.EVENT_IDX,
         Feature.VERSION_1,
@@ -236,6 +240,22 @@ class VirtioBlk:
     def secure_erase(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Erase ranges for good: (sector, number of sectors), 512-byte units."""
         self.call(RequestType.SECURE_ERASE, 0, _segments(ranges, 0))
+
+    def zone_report(self, sector: int = 0, room: int = 64) -> list[tuple[int, int, int, int, int]]:
+        """Zones from the one that holds ``sector`` on, at most ``room``: z_cap, z_start, z_wp, z_type, z_state of each.
+
+        Units are 512-byte sectors.
+        """
+        size = ZONE_REPORT_HEADER.size + room * ZONE_DESCRIPTOR.size
+        report = self.call(RequestType.ZONE_REPORT, sector, data_in=size)
+        (count,) = ZONE_REPORT_HEADER.unpack_from(report)
+        return list(ZONE_DESCRIPTOR.iter_unpack(report[ZONE_REPORT_HEADER.size :]))[:count]
+
+    def zone_append(self, sector: int, data: bytes) -> int:
+        """Append to the zone that starts at ``sector``; the first sector written, 512-byte units."""
+        answer = self.call(RequestType.ZONE_APPEND, sector, data, data_in=ZONE_APPEND_SECTOR.size)
+        (written,) = ZONE_APPEND_SECTOR.unpack(answer)
+        return int(written)
 
     def get_lifetime(self) -> tuple[int, int, int]:
         """pre_eol_info and the two estimates of wear, typ_a and typ_b."""

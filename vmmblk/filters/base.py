@@ -10,16 +10,29 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from vmmblk.block import Block, BlockInfo, Buffers, Lifetime, Operation, Topology, operations
+from vmmblk.block import Block, BlockInfo, Buffers, Lifetime, Operation, Topology, Zone, Zoning, operations
 from vmmblk.errors import Unimplemented
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from typing import Any
 
 __all__ = ["OFFSET_METHODS", "Filter"]
 
-OFFSET_METHODS = ("read", "write", "write_cached", "discard", "write_zeroes", "secure_erase")
+OFFSET_METHODS = (
+    "read",
+    "write",
+    "write_cached",
+    "discard",
+    "write_zeroes",
+    "secure_erase",
+    "report_zones",
+    "open_zone",
+    "close_zone",
+    "finish_zone",
+    "reset_zone",
+    "append",
+)
 """Every method that takes a sector number."""
 
 
@@ -97,6 +110,39 @@ class Filter(Block):
     def secure_erase(self, sector_start: int, sectors: int) -> Awaitable[None]:
         """Forward ``secure_erase``."""
         return self._forward("secure_erase", sector_start, sectors)
+
+    def zoning(self) -> Zoning:
+        """That of the block below.  Raises: Unimplemented."""
+        zoning: Zoning = self._method("zoning")()
+        return zoning
+
+    def report_zones(self, sector_start: int, count: int) -> Awaitable[Sequence[Zone]]:
+        """Forward ``report_zones``."""
+        return self._forward("report_zones", sector_start, count)
+
+    def open_zone(self, sector_start: int) -> Awaitable[None]:
+        """Forward ``open_zone``."""
+        return self._forward("open_zone", sector_start)
+
+    def close_zone(self, sector_start: int) -> Awaitable[None]:
+        """Forward ``close_zone``."""
+        return self._forward("close_zone", sector_start)
+
+    def finish_zone(self, sector_start: int) -> Awaitable[None]:
+        """Forward ``finish_zone``."""
+        return self._forward("finish_zone", sector_start)
+
+    def reset_zone(self, sector_start: int) -> Awaitable[None]:
+        """Forward ``reset_zone``."""
+        return self._forward("reset_zone", sector_start)
+
+    def reset_all_zones(self) -> Awaitable[None]:
+        """Forward ``reset_all_zones``."""
+        return self._forward("reset_all_zones")
+
+    def append(self, sector_start: int, buffers: Buffers) -> Awaitable[int]:
+        """Forward ``append``."""
+        return self._forward("append", sector_start, buffers)
 
     def lifetime(self) -> Awaitable[Lifetime]:
         """Forward ``lifetime``."""

@@ -2,20 +2,21 @@
 
 It sits on top of every disk.  A call that asks for what the disk does not have fails here, and the disk never sees it:
 after ``disconnect`` with Disconnected, a change of a read-only disk with IsReadOnly, an operation that the disk lacks
-with Unimplemented, sectors outside the disk or a buffer that is not whole sectors with Unknown.
+with Unimplemented, sectors outside the disk or a buffer that is not whole sectors with Unknown; a zone outside the disk
+with ZoneInvalidCommand.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from vmmblk.block import Block, Buffers, Lifetime, Operation
-from vmmblk.errors import BlockError, Disconnected, IsReadOnly, Unimplemented, Unknown
+from vmmblk.block import Block, Buffers, Lifetime, Operation, Zone, total_bytes
+from vmmblk.errors import BlockError, Disconnected, IsReadOnly, Unimplemented, Unknown, ZoneInvalidCommand
 from vmmblk.filters.base import Filter
 from vmmblk.filters.threaded import asynchronous
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     Transfer = Callable[[int, Buffers], Awaitable[None]]
 
@@ -110,6 +111,48 @@ class Checked(Filter):
         self._check_range(sector_start, sectors)
         await super().secure_erase(sector_start, sectors)
 
+    async def report_zones(self, sector_start: int, count: int) -> Sequence[Zone]:
+        """Check, then ``report_zones``."""
+        if not self._connected:
+            raise _disconnected()
+        self._check_zone(sector_start)
+        return await super().report_zones(sector_start, count)
+
+    async def open_zone(self, sector_start: int) -> None:
+        """Check, then ``open_zone``."""
+        self._check_zone_change(sector_start)
+        await super().open_zone(sector_start)
+
+    async def close_zone(self, sector_start: int) -> None:
+        """Check, then ``close_zone``."""
+        self._check_zone_change(sector_start)
+        await super().close_zone(sector_start)
+
+    async def finish_zone(self, sector_start: int) -> None:
+        """Check, then ``finish_zone``."""
+        self._check_zone_change(sector_start)
+        await super().finish_zone(sector_start)
+
+    async def reset_zone(self, sector_start: int) -> None:
+        """Check, then ``reset_zone``."""
+        self._check_zone_change(sector_start)
+        await super().reset_zone(sector_start)
+
+    async def reset_all_zones(self) -> None:
+        """Check, then ``reset_all_zones``."""
+        self._check_zone_change(0)
+        await super().reset_all_zones()
+
+    async def append(self, sector_start: int, buffers: Buffers) -> int:
+        """Check, then ``append``."""
+        for buffer in buffers:
+            if len(buffer) & self._mask:
+                raise self._ragged(len(buffer))
+        self._check_zone_change(sector_start)
+        if not total_bytes(buffers):
+            raise ZoneInvalidCommand("there is nothing to append")
+        return await super().append(sector_start, buffers)
+
     async def lifetime(self) -> Lifetime:
         """Check, then ``lifetime``."""
         if not self._connected:
@@ -138,6 +181,15 @@ class Checked(Filter):
             raise self._refusal()
         if not 0 <= sector_start <= self._size // self._sector_size - sectors or sectors < 0:
             raise self._outside(sector_start, sectors)
+
+    def _check_zone_change(self, sector_start: int) -> None:
+        if not (self._connected and self._read_write):
+            raise self._refusal()
+        self._check_zone(sector_start)
+
+    def _check_zone(self, sector_start: int) -> None:
+        if not 0 <= sector_start * self._sector_size < self._size:
+            raise ZoneInvalidCommand(f"sector {sector_start} lies outside the disk of {self._size} bytes")
 
     def _refusal(self) -> BlockError:
         return IsReadOnly("this disk is read-only") if self._connected else _disconnected()

@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmmblk.block import BlockInfo, Buffers, Operation
+from vmmblk.block import BlockInfo, Buffers, Operation, Zone
 from vmmblk.errors import IsReadOnly
 from vmmblk.filters.base import Filter
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Sequence
 
 __all__ = ["ReadOnly"]
 
@@ -53,6 +53,34 @@ class ReadOnly(Filter):
         raise _refusal()
 
     async def secure_erase(self, sector_start: int, sectors: int) -> None:
+        """Refuse.  Raises: IsReadOnly."""
+        raise _refusal()
+
+    def report_zones(self, sector_start: int, count: int) -> Awaitable[Sequence[Zone]]:
+        """Forward ``report_zones``: nothing about it changes."""
+        return super().report_zones(sector_start, count)
+
+    async def open_zone(self, sector_start: int) -> None:
+        """Refuse.  Raises: IsReadOnly."""
+        raise _refusal()
+
+    async def close_zone(self, sector_start: int) -> None:
+        """Refuse.  Raises: IsReadOnly."""
+        raise _refusal()
+
+    async def finish_zone(self, sector_start: int) -> None:
+        """Refuse.  Raises: IsReadOnly."""
+        raise _refusal()
+
+    async def reset_zone(self, sector_start: int) -> None:
+        """Refuse.  Raises: IsReadOnly."""
+        raise _refusal()
+
+    async def reset_all_zones(self) -> None:
+        """Refuse.  Raises: IsReadOnly."""
+        raise _refusal()
+
+    async def append(self, sector_start: int, buffers: Buffers) -> int:
         """Refuse.  Raises: IsReadOnly."""
         raise _refusal()
 

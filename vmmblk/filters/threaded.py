@@ -16,19 +16,19 @@ from vmmblk.block import Block
 from vmmblk.filters.base import OFFSET_METHODS, Filter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
-    from vmmblk.block import Buffers, Lifetime
+    from vmmblk.block import Buffers, Lifetime, Zone
 
     Job = tuple[asyncio.AbstractEventLoop, asyncio.Future[Any], Callable[..., Any], tuple[object, ...]]
 
-__all__ = ["Threaded", "asynchronous"]
+__all__ = ["Pool", "Threaded", "asynchronous"]
 
 WORKERS = 16
 """Calls of a plain disk that run at the same time."""
 
-_AWAITED = (*OFFSET_METHODS, "flush", "lifetime", "disconnect")
+_AWAITED = (*OFFSET_METHODS, "flush", "lifetime", "reset_all_zones", "disconnect")
 
 
 def asynchronous(block: Block) -> Block:
@@ -52,7 +52,7 @@ class Threaded(Filter):
 
     def __init__(self, block: Block) -> None:
         super().__init__(block)
-        self._pool = _Pool(WORKERS)
+        self._pool = Pool(WORKERS)
         plain = _plain_methods(block)
         for name in _AWAITED:
             if name not in plain and hasattr(block, name):
@@ -86,6 +86,36 @@ class Threaded(Filter):
         """``secure_erase`` in a thread."""
         await self._run("secure_erase", sector_start, sectors)
 
+    async def report_zones(self, sector_start: int, count: int) -> Sequence[Zone]:
+        """``report_zones`` in a thread."""
+        zones: Sequence[Zone] = await self._run("report_zones", sector_start, count)
+        return zones
+
+    async def open_zone(self, sector_start: int) -> None:
+        """``open_zone`` in a thread."""
+        await self._run("open_zone", sector_start)
+
+    async def close_zone(self, sector_start: int) -> None:
+        """``close_zone`` in a thread."""
+        await self._run("close_zone", sector_start)
+
+    async def finish_zone(self, sector_start: int) -> None:
+        """``finish_zone`` in a thread."""
+        await self._run("finish_zone", sector_start)
+
+    async def reset_zone(self, sector_start: int) -> None:
+        """``reset_zone`` in a thread."""
+        await self._run("reset_zone", sector_start)
+
+    async def reset_all_zones(self) -> None:
+        """``reset_all_zones`` in a thread."""
+        await self._run("reset_all_zones")
+
+    async def append(self, sector_start: int, buffers: Buffers) -> int:
+        """``append`` in a thread."""
+        sector: int = await self._run("append", sector_start, buffers)
+        return sector
+
     async def lifetime(self) -> Lifetime:
         """``lifetime`` in a thread."""
         worn: Lifetime = await self._run("lifetime")
@@ -104,7 +134,7 @@ class Threaded(Filter):
         return await result if inspect.isawaitable(result) else result
 
 
-class _Pool:
+class Pool:
     """Daemon threads that take calls from one queue and settle futures of the event loop that submitted them."""
 
     def __init__(self, workers: int) -> None:
