@@ -36,10 +36,11 @@ every_disk = pytest.mark.parametrize(
 
 @every_disk
 def test_only_bits_of_this_device_are_offered(ops: Operation) -> None:
-    """FEAT-004, FEAT-007, RSVD-013, BLK-035: none for another type, none unused, no SR-IOV, not zoned by itself."""
+    """FEAT-004, FEAT-007, RSVD-001, RSVD-013, BLK-035: none for another type, none unused, not zoned by itself."""
     offered = Driver(configure(DISK, ops, Topology())).offered()
     assert offered & ~sum(1 << bit for bit in (*BLOCK_BITS, *RING_BITS)) == 0
     assert not offered & Feature.BLK_ZONED.mask
+    assert offered & Feature.VERSION_1.mask
 
 
 @every_disk

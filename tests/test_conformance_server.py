@@ -10,12 +10,14 @@ from disks import CachedDisk, Disk, FullDisk
 
 from vmmblk.block import Topology
 from vmmblk.client.driver import SUPPORTED, attach
-from vmmblk.spec import BlkConfig, CommonCfg, Feature, RequestType, Status
+from vmmblk.spec import BlkConfig, CommonCfg, DeviceStatus, Feature, RequestType, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from conftest import Served
+
+    from vmmblk.client.memory import GuestMemory
 
     Serve = Callable[..., Served]
 
@@ -45,6 +47,45 @@ def test_nothing_of_a_queue_happens_after_its_reset(serve: Serve) -> None:
         assert (queue.used_idx, v.take_interrupts(), disk.count("read")) == (used, 0, 24)
         v.reset_queue(0)
         assert v.read(0, 512) == bytes(512)
+
+
+def whole(memory: GuestMemory) -> list[bytes]:
+    """All of guest memory."""
+    return [memory.read(each.iova, each.size) for each in memory.layout]
+
+
+def test_memory_is_left_alone_after_a_reset(serve: Serve) -> None:
+    """RST-003, RST-004, HOSTILE-091, HOSTILE-107: whatever is in memory, rung for or still on its way from before."""
+    disk = Disk()
+    served = serve(disk)
+    with attach(served.path) as v:
+        disk.held.add("read")
+        for _ in range(8):
+            v.submit(RequestType.IN, 0, data_in=4096)
+        v.kick()
+        disk.wait_for("read", 8)
+        v.device.status = DeviceStatus(0)
+        disk.release()
+        until(lambda: v.device.status == 0)
+        for _ in range(8):
+            v.submit(RequestType.IN, 0, data_in=4096)
+        v.queues[0].publish()
+        before = whole(v.memory)
+        for _ in range(10):
+            v.ring_doorbell()
+        assert v.device.status == 0
+        served.settle()
+        assert whole(v.memory) == before
+        assert disk.count("read") == 8
+
+
+def test_configuration_is_little_endian(serve: Serve) -> None:
+    """CFG-003, PCI-010, BLK-004: each field of more than a byte, lowest byte first."""
+    with attach(serve(Disk(0x1234, sector_size=4096)).path) as v:
+        raw = v.device.config_bytes(0, 96)
+        assert raw[:8] == (0x1234 * 8).to_bytes(8, "little")
+        assert raw[BlkConfig.BLK_SIZE : BlkConfig.BLK_SIZE + 4] == b"\x00\x10\x00\x00"
+        assert raw[BlkConfig.SIZE_MAX : BlkConfig.SIZE_MAX + 4] == v.config(BlkConfig.SIZE_MAX).to_bytes(4, "little")
 
 
 @pytest.mark.parametrize("features", [SUPPORTED, SUPPORTED & ~EVENT_IDX], ids=["event index", "flags"])

@@ -49,7 +49,10 @@ def run(program: Path, *arguments: str) -> str:
     ids=["plain", "address", "thread"],
 )
 def test_threads_and_races(tmp_path: Path, sanitizers: list[str], rounds: int) -> None:
-    """No doorbell is lost, no chain, no byte out of bounds, no data race, whoever acts between any two accesses."""
+    """No doorbell is lost, no chain, no byte out of bounds, no data race, whoever acts between any two accesses.
+
+    RING-SPLIT-012, -019, RING-EVENT-016.
+    """
     names = ("memory.c", "chain.c", "device.c", "driver.c", "driver_packed.c")
     sources = [TESTS / "csrc" / "test_core.c", *(CSRC / name for name in names)]
     assert run(build(tmp_path / "test_core", sanitizers, *sources), str(rounds)) == "ok\n"

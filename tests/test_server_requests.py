@@ -51,7 +51,7 @@ def segments(*each: tuple[int, int, int]) -> bytes:
 
 
 def test_data_written_is_data_read(serve: Serve) -> None:
-    """OUT stores and IN fetches at the sector of the header, and neighbours stay as they are (BLK-053, 058, 059)."""
+    """OUT stores and IN fetches at the sector of the header; neighbours stay as they are (BLK-053, 054, 058, 059)."""
     served = serve()
     with attach(served.path) as v:
         v.write(8, PATTERN)
@@ -427,7 +427,7 @@ def test_get_id(serve: Serve, serial: str, told: bytes, room: int) -> None:
 @pytest.mark.parametrize("extra", [{}, {"sector": 5}, {"data_out": bytes(700)}, {"data_in": 300}], ids=str)
 @pytest.mark.parametrize("negotiated", [True, False])
 def test_flush_is_always_performed(serve: Serve, extra: dict[str, Any], negotiated: bool) -> None:
-    """With a sector, with data, without the feature: a FLUSH that says OK has flushed (HOSTILE-163 to 165)."""
+    """With a sector, with data, without the feature: a FLUSH that says OK has flushed (BLK-010, HOSTILE-163 to 165)."""
     served = serve(CachedDisk())
     with attach(served.path, features=SUPPORTED if negotiated else SUPPORTED & ~FLUSH & ~CONFIG_WCE) as v:
         before = served.disk.count("flush")
@@ -452,7 +452,7 @@ def test_flush_is_always_performed(serve: Serve, extra: dict[str, Any], negotiat
     ],
 )
 def test_durability(serve: Serve, features: int, writeback: int | None, cached: bool) -> None:
-    """A completed write is stable at once, or after a flush, as the negotiation and the cache mode say (BLK-065)."""
+    """A completed write is stable at once, or after a flush, as negotiation and cache mode say (BLK-012, 065, 066)."""
     disk = CachedDisk()
     served = serve(disk)
     with attach(served.path, features=VERSION_1 | features) as v:
@@ -716,7 +716,7 @@ def test_without_the_feature_ranges_are_unsupported(serve: Serve, kind: RequestT
 
 @pytest.mark.parametrize("accepts", [True, False])
 def test_a_read_only_disk(serve: Serve, accepts: bool) -> None:
-    """RO is offered; writes and ranges fail and change nothing, reads are served (BLK-060 to 062, HOSTILE-161, 162)."""
+    """RO is offered; writes and ranges change nothing, reads are served (BLK-008, 060 to 062, HOSTILE-161, 162)."""
     disk = FullDisk(read_write=False)
     disk.data[:512] = PATTERN[:512]
     served = serve(disk)
@@ -745,7 +745,7 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_errors_of_the_disk_become_a_status(serve: Serve, name: str) -> None:
-    """Each block error and OSError is told to the guest, not logged, and the next request is served (HOSTILE-170)."""
+    """Each error of the disk is told to the guest, not logged, and the next one is served (HOSTILE-170, BLK-055)."""
     disk = FullDisk()
     with attach(serve(disk, cache="writethrough" if name == "write" else "writeback").path) as v:
         for error, status in (

@@ -108,7 +108,7 @@ def barrier(driver: VirtioBlk, disk: Stalling) -> set[int]:
 @every_act
 @every_shape
 def test_a_late_write_stores_its_own_data(act: Act, pieces: Pieces, serve: Serve, memory: GuestMemory) -> None:
-    """Whatever the guest puts into the buffer after its reset, the disk gets what was there before."""
+    """Whatever the guest puts into the buffer after its reset, the disk gets what was there before (RST-004)."""
     disk = KINDS["plain"]()
     data = some_bytes(pieces)
     with attach(serve(disk).path, memory=memory) as driver, disk.held():
@@ -126,7 +126,7 @@ def test_a_late_write_stores_its_own_data(act: Act, pieces: Pieces, serve: Serve
 @every_act
 @every_shape
 def test_a_late_read_lands_nowhere(act: Act, pieces: Pieces, serve: Serve, memory: GuestMemory) -> None:
-    """After a reset no byte of guest memory changes on behalf of a request from before."""
+    """After a reset no byte of guest memory changes on behalf of a request from before (RST-004, HOSTILE-107)."""
     disk = KINDS["plain"]()
     with attach(serve(disk).path, memory=memory) as driver, disk.held():
         submit_at(driver, RequestType.IN, 40, pieces, CONTROL)
