@@ -92,7 +92,7 @@ class Driver:
         self.write(CommonCfg.QUEUE_SIZE, size)
         self.write(CommonCfg.QUEUE_MSIX_VECTOR, index)
         self.write(CommonCfg.QUEUE_DESC, 0x1_0000_1000)
-        self.write(CommonCfg.QUEUE_DRIVER, 0x2002)
+        self.write(CommonCfg.QUEUE_DRIVER, 0x2004)
         self.write(CommonCfg.QUEUE_DEVICE, 0x3004)
 
     def enable(self) -> list[Effect]:
@@ -113,7 +113,8 @@ class Driver:
 
 def started(index: int = 0, size: int = 64, vector: int = 0) -> StartQueue:
     """What starts a queue that was set up by Driver.set_up_queue."""
-    return StartQueue(QueueConfig(index, size, 0x1_0000_1000, 0x2002, 0x3004, vector, event_idx=True, indirect=True))
+    areas = (0x1_0000_1000, 0x2004, 0x3004)
+    return StartQueue(QueueConfig(index, size, *areas, vector, event_idx=True, indirect=True, packed=True))
 
 
 STAGES: dict[str, Callable[[Driver], object]] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from vmmblk._core import ffi
 
 from vmmblk.client.memory import PAGE, GuestMemory, Range
-from vmmblk.client.queue import Descriptor, Segment, SplitQueue
+from vmmblk.client.queue import Descriptor, PackedQueue, Segment, SplitQueue
 from vmmblk.memory import Core, Pause, Region
 from vmmblk.ring import Chain, Queue
 from vmmblk.spec import NO_VECTOR, DescFlag
@@ -31,6 +31,7 @@ class Life(NamedTuple):
     size: int = 16
     event_idx: bool = False
     indirect: bool = True
+    packed: bool = False
 
 
 DEFAULT_LIFE = Life()
@@ -62,8 +63,8 @@ class Rig:
         for piece in self.memory.layout if pieces is None else pieces:
             self.map(piece)
         self.queues = [Queue(self.core, index) for index in range(queues)]
-        self.rings = [SplitQueue(self.memory, index, life.size, event_idx=life.event_idx) for index in range(queues)]
         self.life = life
+        self.rings: list[Any] = [self.new_ring(index) for index in range(queues)]
         if start:
             for index in range(queues):
                 self.start(index)
@@ -87,9 +88,14 @@ class Rig:
         """The device's first queue."""
         return self.queues[0]
 
+    def new_ring(self, index: int) -> SplitQueue | PackedQueue:
+        """The driver's side of a queue, in guest memory."""
+        layout = PackedQueue if self.life.packed else SplitQueue
+        return layout(self.memory, index, self.life.size, event_idx=self.life.event_idx)
+
     @property
-    def ring(self) -> SplitQueue:
-        """The driver's first queue."""
+    def ring(self) -> Any:
+        """The driver's first queue: a SplitQueue or a PackedQueue."""
         return self.rings[0]
 
     # -- the transport's part
@@ -133,6 +139,7 @@ class Rig:
             "vector": index,
             "event_idx": self.life.event_idx,
             "indirect": self.life.indirect,
+            "packed": self.life.packed,
         }
         self.queues[index].start(**{**config, **changes})
 
@@ -140,7 +147,7 @@ class Rig:
         """Reset the first queue: a new ring in place of the old."""
         self.queue.stop()
         self.ring.close()
-        self.rings[0] = SplitQueue(self.memory, 0, self.life.size, event_idx=self.life.event_idx)
+        self.rings[0] = self.new_ring(0)
         self.start()
 
     # -- the driver's part
@@ -182,15 +189,13 @@ class Rig:
         return Descriptor(header.iova, 16, NEXT), Descriptor(status.iova, 1, WRITE)
 
     def table(self, *descriptors: Descriptor) -> int:
-        """An indirect table, literally."""
-        packed = b"".join(
-            d.address.to_bytes(8, "little")
-            + d.length.to_bytes(4, "little")
-            + int(d.flags).to_bytes(2, "little")
-            + (index + 1 if d.next is None else d.next).to_bytes(2, "little")
-            for index, d in enumerate(descriptors)
-        )
-        return self.put(packed)
+        """An indirect table, literally; in a packed ring next is the buffer id."""
+        entries = b""
+        for index, d in enumerate(descriptors):
+            tail = (int(d.flags), index + 1 if d.next is None else d.next)
+            entries += d.address.to_bytes(8, "little") + d.length.to_bytes(4, "little")
+            entries += b"".join(word.to_bytes(2, "little") for word in (reversed(tail) if self.life.packed else tail))
+        return self.put(entries)
 
     # -- the device's part
 

@@ -102,13 +102,13 @@ def test_each_area_is_where_the_driver_puts_it() -> None:
     driver.negotiate()
     driver.set_up_queue()
     driver.write(CommonCfg.QUEUE_DESC, 0xF000_0000_1000)
-    driver.write(CommonCfg.QUEUE_DRIVER, 0xE000_0000_0002)
+    driver.write(CommonCfg.QUEUE_DRIVER, 0xE000_0000_0008)
     driver.write(CommonCfg.QUEUE_DEVICE, 0xD000_0000_0004)
     driver.enable()
     (effect,) = driver.write_status(LIVE)
     assert isinstance(effect, StartQueue)
     queue = effect.queue
-    assert (queue.desc, queue.driver, queue.device) == (0xF000_0000_1000, 0xE000_0000_0002, 0xD000_0000_0004)
+    assert (queue.desc, queue.driver, queue.device) == (0xF000_0000_1000, 0xE000_0000_0008, 0xD000_0000_0004)
 
 
 def test_a_queue_without_enable_is_not_served() -> None:

@@ -18,6 +18,7 @@ BASE = (
     Feature.VERSION_1,
     Feature.INDIRECT_DESC,
     Feature.EVENT_IDX,
+    Feature.RING_PACKED,
     Feature.RING_RESET,
     Feature.BLK_SIZE_MAX,
     Feature.BLK_SEG_MAX,

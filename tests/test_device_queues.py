@@ -96,6 +96,38 @@ def test_impossible_queue_sizes_are_ignored(size: int) -> None:
     assert driver.read(CommonCfg.QUEUE_SIZE) == 64
 
 
+@pytest.mark.parametrize(("size", "reads"), [(1, 1), (7, 7), (255, 255), (256, 256), (0, 64), (257, 64), (0x8000, 64)])
+def test_a_packed_queue_may_have_any_size(size: int, reads: int) -> None:
+    """RING-PACKED-002, HOSTILE-063, -064: with RING_PACKED any size up to the maximum reads back, 0 and more do not."""
+    driver = Driver()
+    driver.negotiate()
+    driver.write(CommonCfg.QUEUE_SIZE, 64)
+    driver.write(CommonCfg.QUEUE_SIZE, size)
+    assert driver.read(CommonCfg.QUEUE_SIZE) == reads
+
+
+def test_an_odd_size_needs_packed_rings_to_be_negotiated() -> None:
+    """PCI-042, HOSTILE-062: before FEATURES_OK, and without RING_PACKED, a queue has a power of two of descriptors."""
+    driver = Driver()
+    driver.write(CommonCfg.QUEUE_SIZE, 7)
+    assert driver.read(CommonCfg.QUEUE_SIZE) == 256
+    driver.negotiate(driver.device.config.features & ~Feature.RING_PACKED.mask)
+    driver.write(CommonCfg.QUEUE_SIZE, 7)
+    assert driver.read(CommonCfg.QUEUE_SIZE) == 256
+
+
+@pytest.mark.parametrize(("packed", "starts"), [(False, True), (True, False)])
+def test_an_event_structure_needs_more_alignment_than_an_available_ring(packed: bool, starts: bool) -> None:
+    """HOSTILE-060, RING-PACKED-001: a driver area at an address divisible by 2 only starts a split queue only."""
+    driver = Driver()
+    features = driver.device.config.features
+    driver.negotiate(features if packed else features & ~Feature.RING_PACKED.mask)
+    driver.set_up_queue()
+    driver.write(CommonCfg.QUEUE_DRIVER, 0x2002)
+    driver.enable()
+    assert any(isinstance(effect, StartQueue) for effect in driver.write_status(LIVE)) == starts
+
+
 @pytest.mark.parametrize("size", [1, 2, 64, 256])
 def test_a_queue_can_be_made_smaller(size: int) -> None:
     """PCI-043: the size starts at the maximum, and a smaller power of two reads back."""

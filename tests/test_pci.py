@@ -410,7 +410,7 @@ def test_a_driver_can_live_on_the_window_alone() -> None:
     write(CommonCfg.QUEUE_SELECT, 2, 0)
     write(CommonCfg.QUEUE_SIZE, 2, 64)
     write(CommonCfg.QUEUE_MSIX_VECTOR, 2, 0)
-    addresses = {CommonCfg.QUEUE_DESC: 0x1_0000_1000, CommonCfg.QUEUE_DRIVER: 0x2002, CommonCfg.QUEUE_DEVICE: 0x3004}
+    addresses = {CommonCfg.QUEUE_DESC: 0x1_0000_1000, CommonCfg.QUEUE_DRIVER: 0x2004, CommonCfg.QUEUE_DEVICE: 0x3004}
     for register, address in addresses.items():
         write(register, 4, address & 0xFFFFFFFF)
         write(register + 4, 4, address >> 32)

@@ -1,6 +1,6 @@
-"""The device's side of a split virtqueue against the driver's, in one process: framing, rings, suppression, hostility.
+"""The device's side of a virtqueue against the driver's, in one process: framing, rings, suppression, hostility.
 
-Rows are those of the conformance list (RING-*, HOSTILE-*).
+What only packed rings have is in test_ring_packed.py.  Rows are those of the conformance list (RING-*, HOSTILE-*).
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ IOERR = 1
 
 
 @pytest.fixture
-def rig() -> Iterator[Rig]:
-    """Sixteen descriptors, flags for suppression, indirect allowed."""
-    with Rig() as made:
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """Sixteen descriptors, flags for suppression, indirect allowed; a split ring, or what ``both`` says."""
+    with Rig(life=getattr(request, "param", Life())) as made:
         yield made
+
+
+both = pytest.mark.parametrize("rig", [Life(), Life(packed=True)], ids=["split", "packed"], indirect=True)
+"""The test holds for either format of ring."""
 
 
 @pytest.fixture
@@ -73,6 +77,7 @@ def cut(data: bytes, at: int) -> list[bytes]:
     return [piece for piece in (data[:at], data[at:]) if piece]
 
 
+@both
 def test_readable_bytes_may_be_cut_anywhere(rig: Rig) -> None:
     """RING-SPLIT-004, HOSTILE-142: the first 16 readable bytes are the header however they are cut."""
     told = HEADER + bytes(range(100, 140))
@@ -85,6 +90,7 @@ def test_readable_bytes_may_be_cut_anywhere(rig: Rig) -> None:
         assert rig.ring.get_used() == [(head, 1)]
 
 
+@both
 def test_writable_bytes_may_be_cut_anywhere(rig: Rig) -> None:
     """RING-SPLIT-004, HOSTILE-143: the last writable byte is the status however the rest is cut."""
     told = bytes(range(100, 140))
@@ -99,6 +105,7 @@ def test_writable_bytes_may_be_cut_anywhere(rig: Rig) -> None:
         assert rig.ring.get_used() == [(head, 41)]
 
 
+@both
 def test_neighbouring_elements_are_one_view(rig: Rig) -> None:
     """Elements that touch in memory reach the disk as one buffer."""
     base = rig.put(bytes(1024))
@@ -107,6 +114,7 @@ def test_neighbouring_elements_are_one_view(rig: Rig) -> None:
     assert [len(view) for view in rig.pop_one().views_in] == [1024]
 
 
+@both
 def test_a_header_is_never_joined_with_readable_neighbours_of_the_writable_part(rig: Rig) -> None:
     """Readable and writable elements that touch stay apart."""
     base = rig.put(bytes(64))
@@ -149,12 +157,14 @@ def test_a_header_over_two_regions_is_read(rig: Rig) -> None:
         assert (chain.header, chain.writable, chain.reachable) == (HEADER, 512, True)
 
 
+@both
 def test_a_short_header_is_what_there_is(rig: Rig) -> None:
     """HOSTILE-140: fewer than 16 readable bytes are handed on as they are."""
     rig.offer(rig.readable(HEADER[:5]), rig.writable(1))
     assert rig.pop_one().header == HEADER[:5]
 
 
+@both
 def test_the_header_is_copied_once(rig: Rig) -> None:
     """HOSTILE-028: a header changed after the pop changes nothing."""
     header = rig.readable(HEADER)
@@ -164,6 +174,7 @@ def test_the_header_is_copied_once(rig: Rig) -> None:
     assert chain.header == HEADER
 
 
+@both
 def test_descriptors_are_copied_once(rig: Rig) -> None:
     """HOSTILE-026: descriptors changed after the pop change neither the data nor where the status goes."""
     data, status, trap = rig.writable(512), rig.writable(1), rig.put(b"\xaa" * PAGE)
@@ -179,6 +190,7 @@ def test_descriptors_are_copied_once(rig: Rig) -> None:
     assert rig.ring.get_used() == [(head, 513)]
 
 
+@both
 def test_an_indirect_table_is_read_once(rig: Rig) -> None:
     """HOSTILE-027: a table changed after the pop changes nothing."""
     data, table, trap = rig.writable(512), rig.put(bytes(48)), rig.put(b"\xaa" * PAGE)
@@ -190,6 +202,7 @@ def test_an_indirect_table_is_read_once(rig: Rig) -> None:
     assert rig.memory.read(trap, PAGE) == b"\xaa" * PAGE
 
 
+@both
 def test_device_readable_data_cannot_be_written_through_its_view(rig: Rig) -> None:
     """RING-SPLIT-006: a view of readable elements refuses stores."""
     rig.request(b"data" * 128)
@@ -254,6 +267,7 @@ def test_an_impossible_queue_does_not_start(rig: Rig, change: dict[str, int], er
     assert rig.queue.pop() == []
 
 
+@both
 def test_a_running_queue_cannot_be_started(rig: Rig) -> None:
     """Starting twice is refused and changes nothing."""
     rig.request()
@@ -526,6 +540,7 @@ def test_undefined_descriptor_flags_are_ignored(rig: Rig, flags: int) -> None:
     assert rig.serve() == [(head, 1)]
 
 
+@both
 def test_empty_elements_are_skipped(rig: Rig) -> None:
     """HOSTILE-010: wherever they stand, and wherever they point."""
     nothing = Descriptor(OUTSIDE, 0, NEXT)
@@ -545,6 +560,7 @@ def test_empty_elements_are_skipped(rig: Rig) -> None:
     assert rig.memory.read(status.address, 1) == b"\3"
 
 
+@both
 @pytest.mark.parametrize("flags", [0, WRITE])
 def test_a_chain_of_empty_elements_goes_back_with_length_0(rig: Rig, flags: int) -> None:
     """HOSTILE-011."""
@@ -555,6 +571,7 @@ def test_a_chain_of_empty_elements_goes_back_with_length_0(rig: Rig, flags: int)
     assert rig.ring.get_used() == [(head, 0)]
 
 
+@both
 def test_a_chain_without_a_writable_byte_goes_back_with_length_0(rig: Rig) -> None:
     """HOSTILE-141: no status byte, and the requests after it are unharmed."""
     head = rig.offer(rig.readable(HEADER + bytes(512)))
@@ -565,6 +582,7 @@ def test_a_chain_without_a_writable_byte_goes_back_with_length_0(rig: Rig) -> No
     assert rig.ring.get_used() == [(head, 0), (other, 1)]
 
 
+@both
 def test_a_writable_header_is_not_read(rig: Rig) -> None:
     """HOSTILE-144, RING-SPLIT-007, -013: a chain of writable elements only has no header."""
     rig.offer(rig.writable(16), rig.writable(1))
@@ -586,6 +604,7 @@ UNREACHABLE: dict[str, Descriptor] = {
 }
 
 
+@both
 @pytest.mark.parametrize("where", UNREACHABLE.values(), ids=UNREACHABLE.keys())
 @pytest.mark.parametrize("flags", [0, WRITE], ids=["readable", "writable"])
 def test_data_outside_memory_fails_its_request_only(rig: Rig, where: Descriptor, flags: int) -> None:
@@ -603,6 +622,7 @@ def test_data_outside_memory_fails_its_request_only(rig: Rig, where: Descriptor,
     assert [h for h, _ in rig.ring.get_used()] == [head, other]
 
 
+@both
 @pytest.mark.parametrize("where", UNREACHABLE.values(), ids=UNREACHABLE.keys())
 def test_a_status_outside_memory_goes_back_with_length_0(rig: Rig, where: Descriptor) -> None:
     """HOSTILE-020 to -022 for the status byte: nothing is written anywhere."""
@@ -616,6 +636,7 @@ def test_a_status_outside_memory_goes_back_with_length_0(rig: Rig, where: Descri
     assert rig.memory.read(0, PAGE) == before
 
 
+@both
 @pytest.mark.parametrize("where", UNREACHABLE.values(), ids=UNREACHABLE.keys())
 def test_a_header_outside_memory_fails_its_request(rig: Rig, where: Descriptor) -> None:
     """HOSTILE-020 to -022 for the header."""
@@ -659,6 +680,7 @@ def test_the_last_byte_of_the_address_space_is_memory_like_any_other() -> None:
         assert rig.ring.get_used() == [(head, 513)]
 
 
+@both
 def test_a_chain_of_more_than_4_gib_is_unreachable(rig: Rig) -> None:
     """HOSTILE-008: sums do not wrap, and no used length could tell."""
     header, status = rig.plain()
@@ -714,6 +736,7 @@ def test_data_in_memory_without_a_descriptor_is_told_apart() -> None:
 # ---- indirect
 
 
+@both
 @pytest.mark.parametrize("flags", [INDIRECT, INDIRECT | WRITE])
 def test_an_indirect_table_is_a_chain(rig: Rig, flags: int) -> None:
     """RING-INDIRECT-001, -005: entries of both directions; WRITE on the descriptor of the table is ignored."""
@@ -755,6 +778,7 @@ def test_next_may_jump_around_in_a_table(rig: Rig) -> None:
     assert (chain.header, joined(chain.views_in), chain.answerable) == (HEADER, b"abc", True)
 
 
+@both
 @pytest.mark.parametrize("offset", [0, 1, 8])
 def test_a_table_may_lie_at_any_address(rig: Rig, offset: int) -> None:
     """Indirect tables have no alignment."""
@@ -837,6 +861,7 @@ def test_a_direct_chain_may_be_as_long_as_the_queue() -> None:
 # ---- used lengths
 
 
+@both
 @pytest.mark.parametrize(
     ("room", "written", "told"),
     [(512, 0, 0), (512, 511, 511), (512, 512, 513), (512, 9999, 513), (512, 0xFFFF_FFFF, 513), (0, 0, 1), (0, 5, 1)],
@@ -848,6 +873,7 @@ def test_used_length_counts_only_what_was_written_without_a_gap(rig: Rig, room: 
     assert rig.ring.get_used() == [(head, told)]
 
 
+@both
 def test_a_status_that_overlaps_the_data_is_stored_last(rig: Rig) -> None:
     """HOSTILE-151."""
     data = rig.writable(512)
@@ -905,6 +931,7 @@ def test_areas_may_overlap(rig: Rig) -> None:
 # ---- completing
 
 
+@both
 def test_chains_complete_in_any_order(rig: Rig) -> None:
     """RING-SPLIT-015, -016: a full queue, completed backwards."""
     heads = [rig.offer(rig.writable(1)) for _ in range(16)]
@@ -1160,6 +1187,7 @@ def test_each_queue_has_its_vector() -> None:
         assert rig.core.peek() == 0
 
 
+@both
 def test_intx_sets_isr_and_reading_it_clears_it(rig: Rig) -> None:
     """INTx: bit 0 for a queue, bit 1 for the configuration; vector 0 is raised for both."""
     rig.core.set_msix(on=False)
@@ -1209,6 +1237,7 @@ def test_config_interrupt_has_its_vector_and_sets_isr(rig: Rig) -> None:
 # ---- life: stop, pause
 
 
+@both
 def test_a_stopped_queue_pops_nothing_and_touches_nothing(rig: Rig) -> None:
     """Neither a chain that waits nor one completed late reaches a stopped ring."""
     rig.request()
@@ -1223,6 +1252,7 @@ def test_a_stopped_queue_pops_nothing_and_touches_nothing(rig: Rig) -> None:
     assert rig.vectors == []
 
 
+@both
 def test_a_chain_of_an_earlier_life_is_not_told_to_the_next(rig: Rig) -> None:
     """A late completion after stop and start touches nothing of the new ring."""
     rig.request()
@@ -1234,6 +1264,7 @@ def test_a_chain_of_an_earlier_life_is_not_told_to_the_next(rig: Rig) -> None:
     assert (rig.vectors, rig.queue.busy) == ([], 0)
 
 
+@both
 def test_a_queue_starts_at_position_0_each_time(rig: Rig) -> None:
     """RING-SPLIT-010, -018: positions do not survive a reset."""
     for expected in (1, 2):
@@ -1244,6 +1275,7 @@ def test_a_queue_starts_at_position_0_each_time(rig: Rig) -> None:
         assert rig.queue.starts == expected + 1
 
 
+@both
 @pytest.mark.parametrize("reason", [Pause.QUIESCE, Pause.RESET, Pause.BUS_MASTER, Pause.STOP])
 def test_a_paused_queue_does_not_pop_until_no_reason_is_left(rig: Rig, reason: int) -> None:
     """Reasons add up; taking the last one back rings the doorbell, taking back one that was not there does not."""
@@ -1262,6 +1294,7 @@ def test_a_paused_queue_does_not_pop_until_no_reason_is_left(rig: Rig, reason: i
     assert len(rig.queue.pop()) == 1
 
 
+@both
 def test_a_paused_queue_completes_and_tells_when_it_is_drained(rig: Rig) -> None:
     """drained_fd is written when the last chain in flight of a paused queue has ended, after its interrupt."""
     rig.request()
@@ -1283,6 +1316,7 @@ def test_an_unpaused_queue_does_not_tell_of_being_idle(rig: Rig) -> None:
     assert not rang(rig.core.drained_fd)
 
 
+@both
 def test_an_interrupt_on_its_way_counts_as_in_flight(rig: Rig) -> None:
     """While the sink runs the queue is busy: memory and vectors may not change under it."""
     seen: list[tuple[int, int]] = []
@@ -1313,6 +1347,7 @@ def test_queues_do_not_wait_for_each_other() -> None:
 # ---- what cannot be reached
 
 
+@both
 def test_a_ring_in_memory_without_a_descriptor_does_not_start(rig: Rig) -> None:
     """EFAULT: the advice about the memory backend, not corruption."""
     rig.queue.stop()
@@ -1321,6 +1356,7 @@ def test_a_ring_in_memory_without_a_descriptor_does_not_start(rig: Rig) -> None:
         rig.start()
 
 
+@both
 def test_a_live_ring_that_loses_its_descriptor_is_unreachable_until_reset(rig: Rig) -> None:
     """UnreachableRing, again and again, even if the memory comes back otherwise."""
     whole = rig.memory.layout[0]
@@ -1336,6 +1372,7 @@ def test_a_live_ring_that_loses_its_descriptor_is_unreachable_until_reset(rig: R
     assert len(rig.serve()) == 1
 
 
+@both
 def test_a_live_used_ring_that_becomes_read_only_is_corrupt(rig: Rig) -> None:
     """HOSTILE-025 for a live ring: corrupt until reset."""
     whole = rig.memory.layout[0]

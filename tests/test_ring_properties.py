@@ -103,7 +103,8 @@ def test_any_legal_chain_carries_its_bytes(data: st.DataObject) -> None:
     told = header + (payload if kind == RequestType.OUT else b"")
     room = 1 + (512 * sectors if kind == RequestType.IN else 0)
     segments = place(data.draw, data.draw(chains(len(told), room)))
-    with Rig(layout=(RINGS, BUFFERS), pieces=(RINGS, *data.draw(pieces())), life=Life(size=SIZE)) as rig:
+    life = Life(size=SIZE, packed=data.draw(st.booleans()))
+    with Rig(layout=(RINGS, BUFFERS), pieces=(RINGS, *data.draw(pieces())), life=life) as rig:
         inputs = [segment for segment in segments if not segment.writable]
         outputs = [segment for segment in segments if segment.writable]
         rig.memory.write(BUFFERS.iova, b"\xee" * BUFFERS.size)
@@ -128,8 +129,12 @@ def test_any_legal_chain_carries_its_bytes(data: st.DataObject) -> None:
 
 
 def offer(draw: Draw, rig: Rig, segments: list[Segment]) -> int:
-    """Make a chain available: direct, or with its tail in an indirect table whose entries are in any order."""
-    direct = draw(st.integers(0, len(segments)))
+    """Make a chain available: direct, or with its tail in an indirect table whose entries are in any order.
+
+    In a packed ring it is direct or in a table, and a table is in sequence.
+    """
+    packed = rig.life.packed
+    direct = draw(st.sampled_from([0, len(segments)]) if packed else st.integers(0, len(segments)))
     flags = [(WRITE if segment.writable else 0) | NEXT for segment in segments]
     flags[-1] &= ~NEXT
     all_of_them = [
@@ -138,7 +143,7 @@ def offer(draw: Draw, rig: Rig, segments: list[Segment]) -> int:
     tail = all_of_them[direct:]
     if not tail:
         return rig.offer_raw(*all_of_them)
-    slots = [0, *draw(st.permutations(range(1, len(tail))))]
+    slots = [*range(len(tail))] if packed else [0, *draw(st.permutations(range(1, len(tail))))]
     table = [Descriptor(0, 0)] * len(tail)
     for position, descriptor in enumerate(tail):
         following = slots[position + 1] if position + 1 < len(tail) else 0
@@ -221,3 +226,45 @@ def use(rig: Rig, chain: Chain, features: int) -> None:
     with contextlib.suppress(BadRequest):
         parse(chain.header, chain.readable, chain.writable, Limits(features))
     rig.complete(chain, status=1, written=chain.writable)
+
+
+@quick
+@given(
+    size=st.integers(1, 9),
+    slots=st.lists(descriptors, min_size=1, max_size=9),
+    table=st.lists(descriptors, min_size=1, max_size=8),
+    laps=st.lists(st.sampled_from([0, 1 << 7, 1 << 15, 1 << 7 | 1 << 15]), min_size=9, max_size=9),
+    wish=st.integers(0, 0xFFFF_FFFF),
+    event_idx=st.booleans(),
+    regions=pieces(),
+)
+def test_garbage_in_a_packed_ring_is_popped_or_refused(
+    *,
+    size: int,
+    slots: list[Descriptor],
+    table: list[Descriptor],
+    laps: list[int],
+    wish: int,
+    event_idx: bool,
+    regions: list[Range],
+) -> None:
+    """HOSTILE-049 to -061: a list that holds what it says, or CorruptRing; no more in flight than there are slots."""
+    hole = regions[-1]
+    life = Life(size=size, event_idx=event_idx, packed=True)
+    with Rig(layout=(RINGS, BUFFERS), pieces=(RINGS, *regions[:-1]), life=life) as rig:
+        rig.memory.write(hole.iova, b"\xaa" * hole.size)
+        rig.ring.set_driver_event(wish >> 16, wish & 0xFFFF)
+        where = rig.table(*table)
+        for slot, descriptor in enumerate(slots[:size]):
+            aimed = descriptor.flags & DescFlag.INDIRECT and slot % 2
+            placed = descriptor._replace(address=where) if aimed else descriptor
+            marks = descriptor.flags & ~(1 << 7 | 1 << 15) | laps[slot]
+            rig.ring.write_descriptor(slot, placed._replace(flags=marks))
+        with contextlib.suppress(CorruptRing):
+            for _ in range(4):
+                taken = rig.queue.pop()
+                assert len(taken) <= size
+                for chain in taken:
+                    use(rig, chain, 0)
+        assert rig.queue.busy == 0
+        assert rig.memory.read(*hole) == b"\xaa" * hole.size

@@ -53,6 +53,7 @@ OPTIONAL = [
     Feature.BLK_WRITE_ZEROES,
     Feature.INDIRECT_DESC,
     Feature.EVENT_IDX,
+    Feature.RING_PACKED,
     Feature.RING_RESET,
 ]
 

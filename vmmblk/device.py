@@ -132,7 +132,7 @@ class DeviceConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.queues <= _QUEUES_MAX:
             raise ValueError(f"a device has 1 to {_QUEUES_MAX} queues, not {self.queues}")
-        if not _is_queue_size(self.queue_size, QUEUE_SIZE_MAX):
+        if not _is_queue_size(self.queue_size, QUEUE_SIZE_MAX):  # whatever ring the driver will choose
             raise ValueError(f"queue size {self.queue_size} is not a power of two up to {QUEUE_SIZE_MAX}")
         if not self.offers(Feature.VERSION_1):
             raise ValueError("VERSION_1 must be offered")
@@ -178,6 +178,7 @@ def configure(
         Feature.VERSION_1: True,
         Feature.INDIRECT_DESC: True,
         Feature.EVENT_IDX: True,
+        Feature.RING_PACKED: True,
         Feature.RING_RESET: True,
         Feature.BLK_SIZE_MAX: True,
         Feature.BLK_SEG_MAX: True,
@@ -238,8 +239,8 @@ def _divide(blk: BlkConfigSpace, zoning: Zoning, block: int) -> BlkConfigSpace:
     )
 
 
-def _is_queue_size(size: int, most: int) -> bool:
-    return 0 < size <= most and size.bit_count() == 1
+def _is_queue_size(size: int, most: int, *, packed: bool = False) -> bool:
+    return 0 < size <= most and (packed or size.bit_count() == 1)
 
 
 # --- effects --------------------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ class QueueConfig:
     vector: int
     event_idx: bool
     indirect: bool
-    packed: bool = False
+    packed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,8 +350,9 @@ _STATUS_SEQUENCE = (
 # struct virtio_pci_common_cfg, every field in order.
 _COMMON_CFG = struct.Struct("<IIIIHHBBHHHHHQQQHHHH")
 
-# Alignment of descriptor, driver and device area of a split queue ("Virtqueues / Split Virtqueues").
-_AREA_ALIGNMENT = (16, 2, 4)
+# Alignment of descriptor, driver and device area ("Split Virtqueues", "Packed Virtqueues").
+_SPLIT_ALIGNMENT = (16, 2, 4)
+_PACKED_ALIGNMENT = (16, 4, 4)
 _DESC, _DRIVER, _DEVICE = range(3)
 
 
@@ -373,10 +375,10 @@ class _Queue:
     def served(self) -> bool:
         return self.started and not self.resetting
 
-    @property
-    def placed(self) -> bool:
+    def placed(self, *, packed: bool) -> bool:
         """Whether every area has an address, suitably aligned."""
-        return all(area and not area % align for area, align in zip(self.areas, _AREA_ALIGNMENT, strict=True))
+        alignment = _PACKED_ALIGNMENT if packed else _SPLIT_ALIGNMENT
+        return all(area and not area % align for area, align in zip(self.areas, alignment, strict=True))
 
 
 class Device:
@@ -611,7 +613,8 @@ class Device:
         return effects
 
     def _start(self, *indices: int) -> list[Effect]:
-        if not all(self._queues[index].placed for index in indices):
+        packed = self._has(Feature.RING_PACKED)
+        if not all(self._queues[index].placed(packed=packed) for index in indices):
             return self.needs_reset()
         for index in indices:
             self._queues[index].started = True
@@ -628,12 +631,14 @@ class Device:
             vector=queue.vector,
             event_idx=self._has(Feature.EVENT_IDX),
             indirect=self._has(Feature.INDIRECT_DESC),
+            packed=self._has(Feature.RING_PACKED),
         )
 
     # Queue registers: those of the queue in queue_select, if there is one.
 
     def _write_queue_size(self, queue: _Queue, value: int) -> list[Effect]:
-        if queue.configurable and _is_queue_size(value, self.config.queue_size):
+        packed = self._has(Feature.RING_PACKED)
+        if queue.configurable and _is_queue_size(value, self.config.queue_size, packed=packed):
             queue.size = value
         return []
 

@@ -372,6 +372,7 @@ class Server:
                 vector=c.vector,
                 event_idx=c.event_idx,
                 indirect=c.indirect,
+                packed=c.packed,
             )
         except OSError as error:
             if error.errno == errno.EFAULT:

@@ -114,8 +114,8 @@ MUTANTS = [
     Mutant(
         "HOSTILE-062 any queue size is taken",
         "vmmblk/device.py",
-        "def _is_queue_size(size: int, most: int) -> bool:\n    return ",
-        "def _is_queue_size(size: int, most: int) -> bool:\n    return True or ",
+        "def _is_queue_size(size: int, most: int, *, packed: bool = False) -> bool:\n    return ",
+        "def _is_queue_size(size: int, most: int, *, packed: bool = False) -> bool:\n    return True or ",
         QUEUES,
     ),
     Mutant(
