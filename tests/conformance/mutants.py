@@ -28,6 +28,7 @@ class Mutant:
 
 
 DEVICE, QUEUES, PCI, REQUEST = (f"tests/test_{name}.py" for name in ("device", "device_queues", "pci", "request"))
+ZONED = "tests/test_conformance_zoned.py"
 RING, REQUESTS = "tests/test_ring.py", "tests/test_server_requests.py -k"
 
 MUTANTS = [
@@ -266,6 +267,49 @@ MUTANTS = [
         "if not (self._connected and self._read_write):\n            return",
         "if not self._connected:\n            return",
         "tests/test_filters.py tests/test_block_contract.py",
+    ),
+    # zones
+    Mutant(
+        "BLK-132 a sequential zone is written anywhere",
+        "vmmblk/filters/zone_table.py",
+        "if piece.offset != self._written[zone]:",
+        "if piece.offset < 0:",
+        ZONED,
+    ),
+    Mutant(
+        "BLK-139 what was there before a reset can be read",
+        "vmmblk/filters/zone_table.py",
+        "return max(0, min(piece.sectors, self._written[piece.zone] - piece.offset))",
+        "return piece.sectors",
+        ZONED,
+    ),
+    Mutant(
+        "BLK-147 any number of zones is open",
+        "vmmblk/filters/zone_table.py",
+        "if opens and limits.max_open and self.open >= limits.max_open and not self._implicit:",
+        "if opens and not limits:",
+        ZONED,
+    ),
+    Mutant(
+        "BLK-111 conventional zones take commands",
+        "vmmblk/filters/zone_table.py",
+        "if zone < self.conventional:\n            raise",
+        "if zone < 0:\n            raise",
+        ZONED,
+    ),
+    Mutant(
+        "BLK-115 appends are of any length",
+        "vmmblk/request.py",
+        "if readable > limits.max_append_sectors * SECTOR_SIZE:",
+        "if readable and not limits.max_append_sectors:",
+        ZONED,
+    ),
+    Mutant(
+        "BLK-160 a zone that was never written is closed",
+        "vmmblk/filters/zone_table.py",
+        "self._enter(zone, ZoneState.CLOSED if self._written[zone] else ZoneState.EMPTY)",
+        "self._enter(zone, ZoneState.CLOSED)",
+        ZONED,
     ),
     # rings
     Mutant(
