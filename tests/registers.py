@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vmmblk.block import BlockInfo, Operation, Topology
@@ -32,10 +33,9 @@ WIDTHS = {
 
 
 def a_config(**changes: Any) -> DeviceConfig:
-    """A device with everything that is offered now, and three queues."""
-    offered = configure(DISK, ALL, Topology())
-    fields = {"features": offered.features | Feature.BLK_MQ.mask, "blk": offered.blk, "queues": 3, "queue_size": 256}
-    return DeviceConfig(**{**fields, **changes})
+    """A device with everything that is offered by default, and three queues, or one without MQ."""
+    queues = 3 if changes.get("features", Feature.BLK_MQ.mask) & Feature.BLK_MQ.mask else 1
+    return dataclasses.replace(configure(DISK, ALL, Topology(), queues=queues), **changes)
 
 
 class Driver:

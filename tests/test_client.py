@@ -507,7 +507,7 @@ def test_impossible_ring_sizes_are_refused(size: int) -> None:
 
 BAR, COMMON, ISR, CONFIG, NOTIFY = 2, 0x100, 0x208, 0x300, 0x400  # unlike anybody's layout, on purpose
 SECTORS = 64
-OFFER = SUPPORTED & ~Feature.BLK_SIZE_MAX.mask
+OFFER = SUPPORTED & ~(Feature.BLK_SIZE_MAX.mask | Feature.NOTIFICATION_DATA.mask | Feature.NOTIF_CONFIG_DATA.mask)
 
 
 class SmallDevice(threading.Thread):

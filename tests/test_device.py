@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import astuple
 from typing import Literal
 
 import pytest
 from registers import ACKNOWLEDGED, ALL, DISK, LIVE, NEGOTIATED, STAGES, VERSION_1, Driver, a_config, started
 
 from vmmblk.block import BlockInfo, Operation, Topology
-from vmmblk.device import BlkConfigSpace, ConfigInterrupt, Effect, Reset, StopQueues, WriteCacheChanged, configure
+from vmmblk.device import (
+    OFF_BY_DEFAULT,
+    SWITCHES,
+    BlkConfigSpace,
+    ConfigInterrupt,
+    Effect,
+    Reset,
+    StopQueues,
+    WriteCacheChanged,
+    configure,
+)
 from vmmblk.spec import BLK_CONFIG_SIZE, BlkConfig, CommonCfg, DeviceStatus, Feature
 
 # --- configure ------------------------------------------------------------------------------------------------------
@@ -117,6 +128,45 @@ def test_an_offer_that_virtio_forbids_is_an_error(changes: dict[str, int]) -> No
     """FEAT-001, FEAT-004, RSVD-001, BLK-031, PCI-042: such a device is never made."""
     with pytest.raises(ValueError, match=r"queue|offered"):
         a_config(**changes)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_adds_or_takes_one_feature(name: str) -> None:
+    """FEAT-001, FEAT-004, FEAT-007: the other features stay as they are, and CONFIG_WCE goes with FLUSH."""
+    ops = ALL | Operation.SECURE_ERASE | Operation.LIFETIME
+    on, off = (configure(DISK, ops, Topology(), switches={name: on}).features for on in (True, False))
+    implied = Feature.BLK_CONFIG_WCE.mask if name == "flush" else 0
+    assert on & ~off == SWITCHES[name].mask | implied
+    assert off & ~on == 0
+    default = configure(DISK, ops, Topology(), queues=2).features
+    assert bool(default & SWITCHES[name].mask) == (SWITCHES[name] not in OFF_BY_DEFAULT)
+
+
+@pytest.mark.parametrize(
+    ("ops", "queues", "switches", "rule"),
+    [
+        (Operation(0), 1, {"discard": True}, "FEAT-004"),
+        (Operation(0), 1, {"config_wce": True}, "FEAT-004"),
+        (ALL, 1, {"flush": False, "config_wce": True}, "BLK-031"),
+        (ALL, 2, {"mq": False}, "BLK-003"),
+        (ALL, 1, {"warp": True}, "there is no feature warp; there are mq, "),
+    ],
+)
+def test_a_combination_that_no_device_can_have_is_refused(
+    ops: Operation, queues: int, switches: dict[str, bool], rule: str
+) -> None:
+    """FEAT-001, FEAT-004, BLK-031: in one line, which names the rule."""
+    with pytest.raises(ValueError, match=rule) as caught:
+        configure(DISK, ops, Topology(), queues=queues, switches=switches)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_switched_off_leaves_no_trace_in_the_configuration() -> None:
+    """FEAT-008: the fields of discard, zeroes, topology, write-back and num_queues are 0 without their features."""
+    off = dict.fromkeys(("discard", "write_zeroes", "topology", "flush", "mq"), False)
+    topology = Topology(physical_block_size=4096, minimum_io_size=4096, optimal_io_size=8192)
+    blk = configure(DISK, ALL, topology, switches=off).blk
+    assert astuple(blk)[7:] == (0,) * 21
 
 
 def test_configuration_space_is_the_specified_structure() -> None:

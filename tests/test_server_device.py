@@ -437,7 +437,7 @@ def test_a_doorbell_before_driver_ok_consumes_nothing(serve: Serve) -> None:
         v.features = device.features & SUPPORTED
         assert device.accept(v.features)
         v.queues.append(v._new_queue(0))
-        v._doorbells.append(device.notify_offset(0))
+        v._doorbells.append((device.notify_offset(0), 0))
         pending = v.submit(RequestType.IN, 0, data_in=512)
         for _ in range(10):
             v.kick(force=True)

@@ -10,9 +10,12 @@ A device's life::
        ^                                                                      |
        +---- reset_done() ---- resetting: Reset() returned, reads non-zero <--+---- status 0 is written, at any time
 
-Two things take time because requests must drain first, and both are asked for and later reported as done: the device
-reset (``Reset`` and :meth:`Device.reset_done`) and the reset of one queue (``ResetQueue`` and
-:meth:`Device.queue_reset_done`).  In between the registers read as the specification wants and ignore writes.
+Three things take time because requests must drain first; they are asked for and later reported as done: the device
+reset (``Reset`` and :meth:`Device.reset_done`), the reset of one queue (``ResetQueue`` and
+:meth:`Device.queue_reset_done`), and suspending (``Suspend`` and :meth:`Device.suspend_done`).  In between the
+registers read as the specification wants, and those of what is being reset ignore writes.
+
+Suspended, the device ignores every write but to device_status, and its configuration stands still ("Device Suspend").
 
 Rules for a driver that keeps to none:
 
@@ -25,9 +28,10 @@ Rules for a driver that keeps to none:
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from vmmblk.block import BlockInfo, Operation, Topology, ZoneModel, Zoning
@@ -43,6 +47,9 @@ from vmmblk.spec import (
 )
 
 __all__ = [
+    "OFF_BY_DEFAULT",
+    "QUEUES_MAX",
+    "SWITCHES",
     "BlkConfigSpace",
     "ConfigInterrupt",
     "ConfigVectorChanged",
@@ -54,14 +61,19 @@ __all__ = [
     "QueueVectorChanged",
     "Reset",
     "ResetQueue",
+    "Resume",
     "StartQueue",
     "StopQueues",
+    "Suspend",
     "WriteCacheChanged",
     "configure",
 ]
 
-_QUEUES_MAX = 64
+QUEUES_MAX = 64
+"""Request queues of a device at most."""
+
 _SEG_MAX = 254
+_NOTIFY_ID_BASE = 0x4000
 _SIZE_MAX = 1 << 20
 
 # How much one request may ask for.  Requests are drained, never cancelled, so these bound the wait: a discard is
@@ -130,14 +142,16 @@ class DeviceConfig:
     queue_size: int = 256
 
     def __post_init__(self) -> None:
-        if not 1 <= self.queues <= _QUEUES_MAX:
-            raise ValueError(f"a device has 1 to {_QUEUES_MAX} queues, not {self.queues}")
+        if not 1 <= self.queues <= QUEUES_MAX:
+            raise ValueError(f"a device has 1 to {QUEUES_MAX} queues, not {self.queues}")
         if not _is_queue_size(self.queue_size, QUEUE_SIZE_MAX):  # whatever ring the driver will choose
             raise ValueError(f"queue size {self.queue_size} is not a power of two up to {QUEUE_SIZE_MAX}")
         if not self.offers(Feature.VERSION_1):
             raise ValueError("VERSION_1 must be offered")
         if self.offers(Feature.BLK_CONFIG_WCE) and not self.offers(Feature.BLK_FLUSH):
-            raise ValueError("CONFIG_WCE is offered without FLUSH")
+            raise ValueError("config_wce=on needs flush=on: CONFIG_WCE is never offered without FLUSH (BLK-031)")
+        if self.queues > 1 and not self.offers(Feature.BLK_MQ):
+            raise ValueError(f"{self.queues} queues need mq=on: without MQ offered there is one queue (BLK-003)")
         known = sum(feature.mask for feature in Feature)
         if self.features & ~known:
             raise ValueError(f"features {self.features & ~known:#x} are offered but not defined")
@@ -152,49 +166,134 @@ class DeviceConfig:
         return self.queues + 1
 
 
+SWITCHES: Mapping[str, Feature] = MappingProxyType(
+    {
+        "mq": Feature.BLK_MQ,
+        "packed": Feature.RING_PACKED,
+        "indirect": Feature.INDIRECT_DESC,
+        "event_idx": Feature.EVENT_IDX,
+        "in_order": Feature.IN_ORDER,
+        "ring_reset": Feature.RING_RESET,
+        "notification_data": Feature.NOTIFICATION_DATA,
+        "notif_config_data": Feature.NOTIF_CONFIG_DATA,
+        "access_platform": Feature.ACCESS_PLATFORM,
+        "order_platform": Feature.ORDER_PLATFORM,
+        "suspend": Feature.SUSPEND,
+        "flush": Feature.BLK_FLUSH,
+        "config_wce": Feature.BLK_CONFIG_WCE,
+        "topology": Feature.BLK_TOPOLOGY,
+        "discard": Feature.BLK_DISCARD,
+        "write_zeroes": Feature.BLK_WRITE_ZEROES,
+        "secure_erase": Feature.BLK_SECURE_ERASE,
+        "lifetime": Feature.BLK_LIFETIME,
+    }
+)
+"""The features that the user can switch, by the names that the user gives them."""
+
+OFF_BY_DEFAULT = frozenset(
+    {
+        # each costs something, or makes drivers do other than they usually do
+        Feature.IN_ORDER,
+        Feature.NOTIFICATION_DATA,
+        Feature.NOTIF_CONFIG_DATA,
+        Feature.ACCESS_PLATFORM,
+        Feature.ORDER_PLATFORM,
+        Feature.SUSPEND,
+    }
+)
+"""The features that a device which has them offers only when asked to."""
+
+
 def configure(
     info: BlockInfo,
     ops: Operation,
     topology: Topology,
     *,
+    queues: int = 1,
     queue_size: int = 256,
     cache: Literal["writeback", "writethrough"] = "writeback",
     zoning: Zoning | None = None,
+    switches: Mapping[str, bool] = MappingProxyType({}),
 ) -> DeviceConfig:
     """The device for a block: what the block can do becomes features and configuration, and nothing else does.
 
     ``cache`` is the mode in which a guest that can choose starts; a block without a cache is always written through.
-    ``zoning`` is that of a block with zones.
-    Raises: ValueError if ``queue_size`` is not one a queue can have.
+    ``zoning`` is that of a block with zones.  ``switches`` are names of SWITCHES that are not to be at their defaults.
+    Raises: ValueError for what no device can be, naming the rule: a row of the conformance checklist.
     """
-    can_cache = Operation.FLUSH in ops and info.read_write
     # On a host-managed disk both would go round the write pointers (HOSTILE-198).
     in_any_order = info.read_write and not (zoning and zoning.model is ZoneModel.HOST_MANAGED)
-    can_discard = Operation.DISCARD in ops and in_any_order
-    can_zero = Operation.WRITE_ZEROES in ops and in_any_order
-    can_erase = Operation.SECURE_ERASE in ops and info.read_write
-    # FLUSH is offered in any case: a guest without it must be asked to persist each write (BLK-065).
-    wanted = {
+    able = {
         Feature.VERSION_1: True,
+        Feature.RING_PACKED: True,
         Feature.INDIRECT_DESC: True,
         Feature.EVENT_IDX: True,
-        Feature.RING_PACKED: True,
+        Feature.IN_ORDER: True,
         Feature.RING_RESET: True,
+        Feature.NOTIFICATION_DATA: True,
+        Feature.NOTIF_CONFIG_DATA: True,
+        Feature.ACCESS_PLATFORM: True,
+        Feature.ORDER_PLATFORM: True,
+        Feature.SUSPEND: True,
         Feature.BLK_SIZE_MAX: True,
         Feature.BLK_SEG_MAX: True,
         Feature.BLK_BLK_SIZE: True,
         Feature.BLK_TOPOLOGY: True,
+        Feature.BLK_MQ: queues > 1 or "mq" in switches,
+        # in any case: a guest without it must be asked to persist each write (BLK-065)
         Feature.BLK_FLUSH: True,
         Feature.BLK_RO: not info.read_write,
-        Feature.BLK_CONFIG_WCE: can_cache,
-        Feature.BLK_DISCARD: can_discard,
-        Feature.BLK_WRITE_ZEROES: can_zero,
+        Feature.BLK_CONFIG_WCE: Operation.FLUSH in ops and info.read_write,
+        Feature.BLK_DISCARD: Operation.DISCARD in ops and in_any_order,
+        Feature.BLK_WRITE_ZEROES: Operation.WRITE_ZEROES in ops and in_any_order,
         Feature.BLK_LIFETIME: Operation.LIFETIME in ops,
-        Feature.BLK_SECURE_ERASE: can_erase,
+        Feature.BLK_SECURE_ERASE: Operation.SECURE_ERASE in ops and info.read_write,
         Feature.BLK_ZONED: zoning is not None,
     }
+    features = _offer(able, switches)
+    blk = _describe(info, ops, topology, features, queue_size=queue_size, queues=queues, cache=cache)
+    if zoning is not None:
+        blk = _divide(blk, zoning, info.sector_size)
+    return DeviceConfig(features=features, blk=blk, queues=queues, queue_size=queue_size)
+
+
+def _offer(able: Mapping[Feature, bool], switches: Mapping[str, bool]) -> int:
+    """The mask of what is offered: what the device is ``able`` to, but for what is off by default or by a switch."""
+    wanted = {feature: yes and feature not in OFF_BY_DEFAULT for feature, yes in able.items()}
+    for name, on in switches.items():
+        if name not in SWITCHES:
+            raise ValueError(f"there is no feature {name}; there are {', '.join(SWITCHES)}")
+        feature = SWITCHES[name]
+        if on and not able[feature]:
+            raise ValueError(f"{name}=on: this disk cannot do that, and what it cannot do is not offered (FEAT-004)")
+        wanted[feature] = on
+    if not wanted[Feature.BLK_FLUSH] and "config_wce" not in switches:
+        wanted[Feature.BLK_CONFIG_WCE] = False
+    return sum(feature.mask for feature, yes in wanted.items() if yes)
+
+
+def _describe(
+    info: BlockInfo,
+    ops: Operation,
+    topology: Topology,
+    features: int,
+    *,
+    queues: int,
+    queue_size: int,
+    cache: Literal["writeback", "writethrough"],
+) -> BlkConfigSpace:
+    """The configuration that goes with ``features``; a field without its feature is 0 (FEAT-008)."""
+
+    def offered(feature: Feature) -> bool:
+        return bool(features & feature.mask)
+
+    can_cache = Operation.FLUSH in ops and info.read_write and offered(Feature.BLK_FLUSH)
+    can_discard, can_zero = offered(Feature.BLK_DISCARD), offered(Feature.BLK_WRITE_ZEROES)
+    can_erase = offered(Feature.BLK_SECURE_ERASE)
+    if not offered(Feature.BLK_TOPOLOGY):
+        topology = Topology(discard_granularity=topology.discard_granularity)
     block = info.sector_size
-    blk = BlkConfigSpace(
+    return BlkConfigSpace(
         capacity=info.size_bytes // SECTOR_SIZE,
         size_max=_SIZE_MAX,
         # A header and a status take two descriptors of a chain, which is at most as long as the queue.
@@ -213,11 +312,8 @@ def configure(
         max_secure_erase_sectors=_SECURE_ERASE_SECTORS_MAX if can_erase else 0,
         max_secure_erase_seg=_RANGE_SEG_MAX if can_erase else 0,
         secure_erase_sector_alignment=block // SECTOR_SIZE if can_erase else 0,
+        num_queues=queues if offered(Feature.BLK_MQ) else 0,
     )
-    if zoning is not None:
-        blk = _divide(blk, zoning, block)
-    features = sum(feature.mask for feature, yes in wanted.items() if yes)
-    return DeviceConfig(features=features, blk=blk, queue_size=queue_size)
 
 
 def _divide(blk: BlkConfigSpace, zoning: Zoning, block: int) -> BlkConfigSpace:
@@ -263,11 +359,23 @@ class QueueConfig:
     event_idx: bool
     indirect: bool
     packed: bool
+    notify_id: int | None = None
+    """What each doorbell must carry in its low 16 bits (NOTIF_CONFIG_DATA); None if that does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reset:
     """The driver resets the device: stop and drain every queue, then call :meth:`Device.reset_done`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspend:
+    """The driver suspends the device: serve no queue, drain, then call :meth:`Device.suspend_done`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """The device is no longer suspended, or suspending: serve its queues again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +433,8 @@ class WriteCacheChanged:
 
 Effect = (
     Reset
+    | Suspend
+    | Resume
     | StartQueue
     | StopQueues
     | ResetQueue
@@ -387,6 +497,7 @@ class Device:
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config
         self._blk = bytearray(config.blk.pack())
+        self._sectors = config.blk.capacity
         self._generation = 0
         self._config_unread = False  # config has changed since the driver last read it
         self._initialise()
@@ -404,6 +515,8 @@ class Device:
         self._set_writeback(on=bool(self.config.blk.writeback))
         self._set_zoned(self.config.blk.pack()[BlkConfig.ZONED :])
         self._interrupt_owed = False  # the capacity has changed and the driver could not be told yet
+        self._suspending = False
+        self._show_capacity(self._sectors)  # which may have changed while the device was suspended
 
     # --- state ---
 
@@ -420,13 +533,23 @@ class Device:
         return self._resetting
 
     @property
+    def suspending(self) -> bool:
+        """Whether the driver has asked to suspend the device and :meth:`suspend_done` has not been called."""
+        return self._suspending
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the device is suspended: status shows SUSPEND and not DRIVER_OK."""
+        return bool(self._status & DeviceStatus.SUSPEND)
+
+    @property
     def negotiated(self) -> int:
         """The mask of negotiated features: 0 until FEATURES_OK, then fixed until the reset."""
         return self._driver_features if self._status & DeviceStatus.FEATURES_OK else 0
 
     @property
     def live(self) -> bool:
-        """Whether queues are to be served: DRIVER_OK, not broken, not being reset."""
+        """Whether queues are to be served: DRIVER_OK, not broken, not being reset; also while suspending."""
         running = self._status & (DeviceStatus.DRIVER_OK | DeviceStatus.NEEDS_RESET) == DeviceStatus.DRIVER_OK
         return running and not self._resetting
 
@@ -463,29 +586,58 @@ class Device:
         if self._queues[index].resetting:
             self._queues[index] = _Queue(self.config.queue_size)
 
+    def suspend_done(self) -> None:
+        """Nothing is in flight any more and the driver has been told of all of it: status shows SUSPEND."""
+        if self._suspending:
+            self._suspending = False
+            self._status = self._status & ~DeviceStatus.DRIVER_OK | DeviceStatus.SUSPEND
+
     def needs_reset(self) -> list[Effect]:
-        """The device has met what only a reset repairs: set DEVICE_NEEDS_RESET ("DEVICENEEDSRESET")."""
-        if self._resetting or self._status & DeviceStatus.NEEDS_RESET:
+        """The device has met what only a reset repairs: set DEVICE_NEEDS_RESET ("DEVICENEEDSRESET").
+
+        It gives up suspending for that (SUSPEND-003).  While it is suspended nothing is met.
+        """
+        if self._resetting or self.suspended or self._status & DeviceStatus.NEEDS_RESET:
             return []
         was_live = self.live
+        self._suspending = False
         self._status |= DeviceStatus.NEEDS_RESET
         return [StopQueues(), ConfigInterrupt()] if was_live else []
 
     def set_capacity(self, sectors512: int) -> list[Effect]:
-        """The disk has now ``sectors512`` sectors of 512 bytes; the driver is told, at DRIVER_OK if not before."""
-        if sectors512 == self.capacity:
+        """The disk has now ``sectors512`` sectors of 512 bytes; the driver is told, at DRIVER_OK if not before.
+
+        While the device is suspended neither the configuration changes nor is anything told, until it is resumed.
+        """
+        self._sectors = sectors512
+        if self.suspended or not self._show_capacity(sectors512):
             return []
-        self._blk[BlkConfig.CAPACITY : BlkConfig.CAPACITY + 8] = sectors512.to_bytes(8, "little")
-        self._config_unread = True
         if self.live:
             return [ConfigInterrupt()]
         self._interrupt_owed = True
         return []
 
-    def doorbell(self, index: int) -> list[Effect]:
-        """The driver has written the doorbell ``index``; what names no queue that is being served is ignored."""
+    def _show_capacity(self, sectors512: int) -> bool:
+        """Let the driver read this capacity from now on.  False if it is what it reads already."""
+        if sectors512 == self.capacity:
+            return False
+        self._blk[BlkConfig.CAPACITY : BlkConfig.CAPACITY + 8] = sectors512.to_bytes(8, "little")
+        self._config_unread = True
+        return True
+
+    def doorbell(self, index: int, data: bytes = b"") -> list[Effect]:
+        """The driver has written ``data`` to doorbell ``index``; what names no queue that is being served is ignored.
+
+        The address tells which queue it is.  Of the data only the id of NOTIF_CONFIG_DATA matters (HOSTILE-088); the
+        position of NOTIFICATION_DATA is not looked at, the ring decides (HOSTILE-087).
+        """
         served = self.live and index < len(self._queues) and self._queues[index].served
-        return [Notify(index)] if served else []
+        if not served:
+            return []
+        expected = self._notify_id(index)
+        if expected is not None and data[:2] != expected.to_bytes(2, "little"):
+            return []
+        return [Notify(index)]
 
     # --- device configuration space ---
 
@@ -500,6 +652,8 @@ class Device:
     def config_write(self, offset: int, data: bytes) -> list[Effect]:
         """Write to struct virtio_blk_config: only writeback can change, and only with CONFIG_WCE negotiated."""
         position = BlkConfig.WRITEBACK - offset
+        if self.suspended:
+            return []
         if self._resetting or not self._has(Feature.BLK_CONFIG_WCE) or not 0 <= position < len(data):
             return []
         was = self.write_cache
@@ -536,7 +690,7 @@ class Device:
             queue.enabled if queue else 0,
             self._queue_select if queue else 0,  # queue_notify_off
             *(queue.areas if queue else (0, 0, 0)),
-            0,  # queue_notif_config_data
+            (self._notify_id(self._queue_select) or 0) if queue else 0,  # queue_notif_config_data
             queue.resetting if queue else 0,
             0,  # admin_queue_index
             0,  # admin_queue_num
@@ -548,7 +702,8 @@ class Device:
         effects: list[Effect] = []
         for register, width, write in self._REGISTERS:
             start = register - offset
-            if start >= 0 and start + width <= len(data) and not self._resetting:
+            ignored = self._resetting or (self.suspended and register != CommonCfg.DEVICE_STATUS)
+            if start >= 0 and start + width <= len(data) and not ignored:
                 effects += write(self, int.from_bytes(data[start : start + width], "little"))
         return effects
 
@@ -580,8 +735,12 @@ class Device:
 
     def _write_status(self, value: int) -> list[Effect]:
         if value == 0:
+            self._suspending = False
             self._resetting = True
             return [Reset()]
+        if self.suspended:
+            self._status |= value & DeviceStatus.FAILED
+            return self._resume() if value & DeviceStatus.DRIVER_OK else []
         had = self._status
         for bit, predecessors in _STATUS_SEQUENCE:
             if value & bit and self._status & predecessors == predecessors:
@@ -590,7 +749,15 @@ class Device:
                     self._finish_negotiation()
         if self.live and not had & DeviceStatus.DRIVER_OK:
             return self._go_live()
+        if value & DeviceStatus.SUSPEND and self.live and not self._suspending and self._has(Feature.SUSPEND):
+            self._suspending = True
+            return [Suspend()]
         return []
+
+    def _resume(self) -> list[Effect]:
+        self._status = self._status & ~DeviceStatus.SUSPEND | DeviceStatus.DRIVER_OK
+        changed = self._show_capacity(self._sectors)
+        return [Resume(), ConfigInterrupt()] if changed else [Resume()]
 
     def _finish_negotiation(self) -> None:
         # A non-transitional device cannot serve a driver without VERSION_1, nor can a driver that knows of no zones
@@ -632,7 +799,12 @@ class Device:
             event_idx=self._has(Feature.EVENT_IDX),
             indirect=self._has(Feature.INDIRECT_DESC),
             packed=self._has(Feature.RING_PACKED),
+            notify_id=self._notify_id(index),
         )
+
+    def _notify_id(self, index: int) -> int | None:
+        # not the index, so that a driver that does not look is found out
+        return _NOTIFY_ID_BASE + index if self._has(Feature.NOTIF_CONFIG_DATA) else None
 
     # Queue registers: those of the queue in queue_select, if there is one.
 

@@ -29,6 +29,7 @@ class Pause:
     BUS_MASTER: int = lib.VMM_PAUSE_BUS_MASTER
     STOP: int = lib.VMM_PAUSE_STOP
     ORPHAN: int = lib.VMM_PAUSE_ORPHAN
+    SUSPEND: int = lib.VMM_PAUSE_SUSPEND
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,5 +221,3 @@ class Core:
         if handle == ffi.NULL:
             raise OSError(errno.EINVAL, f"no queue {index}")
         return handle
-
-

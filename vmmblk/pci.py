@@ -365,9 +365,9 @@ class PciFunction:
     def _read_isr(self, _offset: int, _length: int) -> bytes:
         return bytes([self._isr.take() & 0xFF])
 
-    def _ring_doorbell(self, offset: int, _data: bytes) -> Sequence[Effect]:
-        # The address names the queue; a value that names another one means nothing.
-        return self._device.doorbell(offset // NOTIFY_MULTIPLIER)
+    def _ring_doorbell(self, offset: int, data: bytes) -> Sequence[Effect]:
+        # The address names the queue, whatever the value says.
+        return self._device.doorbell(offset // NOTIFY_MULTIPLIER, data)
 
     def _read_msix_table(self, offset: int, length: int) -> bytes:
         return bytes(self._msix_table[offset : offset + length])

@@ -21,7 +21,7 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmmblk.block import Block, Operation, SupportsIdentify, SupportsResize, SupportsZones, Zoning, operations
@@ -34,8 +34,10 @@ from vmmblk.device import (
     QueueVectorChanged,
     Reset,
     ResetQueue,
+    Resume,
     StartQueue,
     StopQueues,
+    Suspend,
     WriteCacheChanged,
     configure,
 )
@@ -58,7 +60,7 @@ from vmmblk.vfio_user import CONFIG_REGION, Layout, Transport
 from vmmblk.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
 __all__ = ["DRAIN_LIMIT", "MEMORY_ADVICE", "MEMORY_GONE", "PINNED_DRAIN_LIMIT", "Server", "ServerOptions"]
@@ -87,12 +89,15 @@ class ServerOptions:
     """How the device presents the block.
 
     ``serial`` (ASCII, at most 20 characters) is what GET_ID answers, by default what the block says; ``queue_size`` a
-    power of two up to 32768; ``cache`` the mode in which a guest that can choose starts.
+    power of two up to 32768; ``cache`` the mode in which a guest that can choose starts; ``queues`` 1 to 64;
+    ``features`` those that are not to be at their defaults, by their names in ``device.SWITCHES``.
     """
 
     serial: str = ""
+    queues: int = 1
     queue_size: int = 256
     cache: Literal["writeback", "writethrough"] = "writeback"
+    features: Mapping[str, bool] = field(default_factory=dict)
 
 
 class Server:
@@ -111,9 +116,11 @@ class Server:
                 info,
                 operations(block),
                 block.topology,
+                queues=options.queues,
                 queue_size=options.queue_size,
                 cache=options.cache,
                 zoning=_zoning(block),
+                switches=options.features,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -137,6 +144,8 @@ class Server:
         self.drained_fd = self._core.drained_fd
         self._apply_table: dict[type, Callable[[Any], None]] = {
             Reset: lambda _: self._begin_reset(),
+            Suspend: lambda _: self._begin_suspend(),
+            Resume: lambda _: self._core.resume(Pause.SUSPEND),
             StartQueue: self._start_queue,
             StopQueues: lambda _: self._stop_queues(),
             ResetQueue: self._begin_queue_reset,
@@ -363,6 +372,8 @@ class Server:
         self._worker.set_write_cache(self._device.write_cache)
         c = effect.queue
         queue = self._queues[c.index]
+        if self._transport is not None:
+            self._transport.set_notify_id(c.index, c.notify_id)
         try:
             queue.start(
                 size=c.size,
@@ -397,6 +408,11 @@ class Server:
         self._resetting_queues.add(effect.index)
         self._drain_for_driver()
 
+    def _begin_suspend(self) -> None:
+        # nobody waits for an answer meanwhile, so requests take the time that they need and nothing is taken back
+        self._core.pause(Pause.SUSPEND)
+        self._settle()
+
     def _drain_for_driver(self) -> None:
         if self._deadline is None:
             self._deadline = self._budget.begin(time.monotonic())
@@ -412,6 +428,8 @@ class Server:
         for index in list(self._resetting_queues):
             if not self._queues[index].busy:
                 self._finish_queue_reset(index)
+        if self._device.suspending and not self._core.busy and not self._core.orphans:
+            self._device.suspend_done()
         if not (self._core.busy and (self._quiescing or self._device.resetting or self._resetting_queues)):
             self._end_drain()
 
@@ -430,6 +448,7 @@ class Server:
         self._core.set_config_vector(NO_VECTOR)
         self._resetting_queues.clear()
         self._apply(effects)
+        self._core.resume(Pause.SUSPEND)
         self._core.resume(Pause.RESET)
 
     def _finish_queue_reset(self, index: int) -> None:

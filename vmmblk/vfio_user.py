@@ -154,6 +154,10 @@ class Transport:
         """A doorbell of ``queue`` writes the eventfd ``fd``."""
         lib.vmm_vfu_set_kick(self._vfu, queue, fd)
 
+    def set_notify_id(self, queue: int, notify_id: int | None) -> None:
+        """What doorbells of ``queue`` must carry in their low 16 bits, else they are ignored; None: anything."""
+        lib.vmm_vfu_set_notify_id(self._vfu, queue, -1 if notify_id is None else notify_id)
+
     def start(self) -> None:
         """Begin to serve."""
         self._thread.start()

@@ -11,6 +11,7 @@ to a :class:`Supervisor`, from the worker's thread.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -83,6 +84,9 @@ _BUGS = (Exception, asyncio.CancelledError, SystemExit)
 Outcome = tuple[Status, int]
 """Status, and how many leading bytes of the device-writable data were written."""
 
+Completion = tuple[int, Status, int]
+"""The token of a chain, and its outcome."""
+
 
 class Supervisor(Protocol):
     """Who is told when a ring fails; called from the worker's thread."""
@@ -92,6 +96,28 @@ class Supervisor(Protocol):
 
     def memory_not_shared(self) -> None:
         """Guest memory seems not to be shared with us."""
+
+
+class InOrder:
+    """Holds the completions of one queue back until all chains that were taken before have ended (IN_ORDER)."""
+
+    def __init__(self) -> None:
+        self._taken: collections.deque[int] = collections.deque()
+        self._ended: dict[int, Completion] = {}
+
+    def take(self, token: int) -> None:
+        """A chain was taken; those that are never taken here need not wait."""
+        self._taken.append(token)
+
+    def end(self, completion: Completion) -> list[Completion]:
+        """A chain has ended: what can be completed now, in order."""
+        if not self._taken:
+            return [completion]
+        self._ended[completion[0]] = completion
+        ready = []
+        while self._taken and self._taken[0] in self._ended:
+            ready.append(self._ended.pop(self._taken.popleft()))
+        return ready
 
 
 class Worker:
@@ -114,7 +140,8 @@ class Worker:
         self._flush_due = False
         self._flushing = False
         self._limits = Limits(0)
-        self._done: dict[int, list[tuple[int, int, int]]] = {queue.index: [] for queue in queues}
+        self._done: dict[int, list[Completion]] = {queue.index: [] for queue in queues}
+        self._in_order = {queue.index: InOrder() for queue in queues}
         self._tasks: set[asyncio.Task[None]] = set()
         self._bug_log = LogBudget()
         self._loop: asyncio.AbstractEventLoop
@@ -214,6 +241,9 @@ class Worker:
         except RingFailure as error:
             self._supervisor.ring_failed(queue, start, error)
             return
+        if self._limits.features & Feature.IN_ORDER.mask:
+            for chain in chains:
+                self._in_order[queue.index].take(chain.token)
         for chain in chains:
             self._spawn(self._serve_chain(queue, chain))
         if len(chains) == queue.BATCH:
@@ -245,9 +275,10 @@ class Worker:
     def _complete(self, queue: Queue, token: int, status: Status, written: int) -> None:
         # what ends in one turn of the loop is sent together: one used index, one interrupt
         done = self._done[queue.index]
-        if not done:
+        ended = self._in_order[queue.index].end((token, status, written))
+        if ended and not done:
             self._loop.call_soon(self._send, queue)
-        done.append((token, status, written))
+        done += ended
 
     def _send(self, queue: Queue) -> None:
         done, self._done[queue.index] = self._done[queue.index], []

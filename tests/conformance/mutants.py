@@ -93,8 +93,8 @@ MUTANTS = [
     Mutant(
         "BLK-064 a disk grows in silence",
         "vmmblk/device.py",
-        "        self._config_unread = True\n        if self.live:\n            return [ConfigInterrupt()]\n",
-        "        self._config_unread = True\n",
+        "        if self.live:\n            return [ConfigInterrupt()]\n        self._interrupt_owed = True\n",
+        "",
         DEVICE,
     ),
     Mutant(

@@ -80,6 +80,21 @@ class VirtioDevice:
     def status(self, value: int) -> None:
         self.set(CommonCfg.DEVICE_STATUS, value)
 
+    def suspend(self) -> None:
+        """Suspend the device (SUSPEND) and wait until it shows that it is.  Raises TimeoutError."""
+        self.status |= DeviceStatus.SUSPEND
+        self._await(lambda: self.suspended, "the device is not suspended")
+
+    def resume(self) -> None:
+        """Let a suspended device go on, and wait until it does.  Raises TimeoutError."""
+        self.status |= DeviceStatus.DRIVER_OK
+        self._await(lambda: not self.suspended, "the device is not resumed")
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the status is that of a suspended device: SUSPEND and not DRIVER_OK."""
+        return self.status & (DeviceStatus.SUSPEND | DeviceStatus.DRIVER_OK) == DeviceStatus.SUSPEND
+
     def reset(self) -> None:
         """Write status 0 and wait until it reads 0.  Raises TimeoutError."""
         self.status = DeviceStatus(0)
@@ -145,6 +160,11 @@ class VirtioDevice:
         self.set(CommonCfg.QUEUE_SELECT, index)
         self.set(CommonCfg.QUEUE_RESET, 1)
         self._await(lambda: self.get(CommonCfg.QUEUE_RESET) == 0, f"the device does not end the reset of queue {index}")
+
+    def notify_id(self, index: int) -> int:
+        """What the doorbell of queue ``index`` carries with NOTIF_CONFIG_DATA negotiated."""
+        self.set(CommonCfg.QUEUE_SELECT, index)
+        return self.get(CommonCfg.QUEUE_NOTIF_CONFIG_DATA)
 
     def notify_offset(self, index: int) -> int:
         """Where in the notification structure queue ``index`` has its doorbell."""

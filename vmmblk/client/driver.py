@@ -64,7 +64,11 @@ SUPPORTED = sum(
         Feature.EVENT_IDX,
         Feature.VERSION_1,
         Feature.ACCESS_PLATFORM,
+        Feature.ORDER_PLATFORM,
+        Feature.NOTIFICATION_DATA,
+        Feature.NOTIF_CONFIG_DATA,
         Feature.RING_RESET,
+        Feature.SUSPEND,
     )
 )
 """The features this driver takes when it is not told which: with a split ring, the one that every device has."""
@@ -110,7 +114,7 @@ class VirtioBlk:
         self._queue_count = queues
         self._indirect = indirect
         self._pending: dict[tuple[int, int], Pending] = {}
-        self._doorbells: list[int] = []
+        self._doorbells: list[tuple[int, int]] = []  # of each queue: offset, id
         self._size_max = _NO_LIMIT
         self._config_changes = 0
         self._generation = 0
@@ -147,7 +151,8 @@ class VirtioBlk:
         self.device.set_config_vector(self.lines.config_vector)
         for index in range(self._queue_count):
             self.queues.append(self._new_queue(index))
-            self._doorbells.append(self.device.notify_offset(index))
+            notify_id = self.device.notify_id(index) if self.has(Feature.NOTIF_CONFIG_DATA) else index
+            self._doorbells.append((self.device.notify_offset(index), notify_id))
         self._generation = self._read_generation()
         self.device.status |= DeviceStatus.DRIVER_OK
 
@@ -325,7 +330,11 @@ class VirtioBlk:
 
     def ring_doorbell(self, queue: int = 0) -> None:
         """Notify the device, whatever the ring says."""
-        self.pci.notify.write(self._doorbells[queue], 2, queue)
+        offset, notify_id = self._doorbells[queue]
+        if self.has(Feature.NOTIFICATION_DATA):
+            self.pci.notify.write(offset, 4, notify_id | self.queues[queue].notification_data << 16)
+        else:
+            self.pci.notify.write(offset, 2, notify_id)
 
     def poll(self, queue: int = 0) -> int:
         """Take what the device has completed, without waiting; returns how many.  Raises ProtocolError."""

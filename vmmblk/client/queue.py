@@ -144,6 +144,11 @@ class Virtqueue(ABC):
 
     # Piece by piece, right or wrong.
 
+    @property
+    @abstractmethod
+    def notification_data(self) -> int:
+        """Where the next chain will be offered, as NOTIFICATION_DATA tells it: next_off and next_wrap, 16 bits."""
+
     @abstractmethod
     def add_raw(self, descriptors: Sequence[Descriptor]) -> int:
         """Write ``descriptors`` into free slots and offer them as one chain; returns its name.  Raises QueueFull."""
@@ -201,6 +206,11 @@ class SplitQueue(Virtqueue):
         lib.vdrv_split_set_avail_idx(self._ring, value & 0xFFFF)
 
     @property
+    def notification_data(self) -> int:
+        """The available index: its top bit is the wrap."""
+        return self.avail_idx
+
+    @property
     def used_idx(self) -> int:
         """The used index as the device last stored it."""
         return int(lib.vdrv_split_used_idx(self._ring))
@@ -246,6 +256,12 @@ class PackedQueue(Virtqueue):
         for address, length, flags, link in descriptors:
             lib.vdrv_packed_put(self._ring, address, length, flags, used_id if link is None else link)
         return used_id
+
+    @property
+    def notification_data(self) -> int:
+        """The slot, and the wrap counter."""
+        position = self.avail_position
+        return position % self.size | (position < self.size) << 15
 
     @property
     def avail_position(self) -> int:

@@ -102,6 +102,7 @@ enum {				/* reasons why a queue does not pop, a bit each */
 	VMM_PAUSE_BUS_MASTER = 4,
 	VMM_PAUSE_STOP = 8,
 	VMM_PAUSE_ORPHAN = 16,
+	VMM_PAUSE_SUSPEND = 32,
 };
 
 enum slot_state {

@@ -29,6 +29,7 @@ struct vmm_vfu {
 	atomic_int owner;		/* the thread inside the library, 0 when none */
 	int listen_fd;
 	atomic_int kick_fds[MAX_QUEUES];
+	atomic_int notify_ids[MAX_QUEUES];	/* what a doorbell must carry (NOTIF_CONFIG_DATA); -1: anything */
 	bool mute;			/* the library's complaints are of no interest */
 	int log_tokens;
 	time_t log_time;
@@ -77,7 +78,7 @@ static void on_log(vfu_ctx_t *ctx, int level, const char *message)
 }
 
 /* A doorbell ends here, without the interpreter: the queue's eventfd wakes whoever serves it. */
-static bool doorbell(struct vmm_vfu *v, int region, size_t count, uint64_t offset)
+static bool doorbell(struct vmm_vfu *v, int region, const char *buf, size_t count, uint64_t offset)
 {
 	const struct vmm_vfu_layout *l = &v->layout;
 
@@ -86,8 +87,8 @@ static bool doorbell(struct vmm_vfu *v, int region, size_t count, uint64_t offse
 	uint64_t queue = (offset - l->doorbell_offset) / l->doorbell_stride;
 	if (queue >= l->nr_queues)
 		return false;
-	int fd = atomic_load(&v->kick_fds[queue]);
-	if (fd >= 0)
+	int fd = atomic_load(&v->kick_fds[queue]), id = atomic_load(&v->notify_ids[queue]);
+	if (fd >= 0 && (id < 0 || (count >= 2 && id == ((uint8_t)buf[0] | (uint8_t)buf[1] << 8))))
 		eventfd_write(fd, DOORBELL);
 	return true;
 }
@@ -96,7 +97,7 @@ static ssize_t on_region(vfu_ctx_t *ctx, int region, char *buf, size_t count, lo
 {
 	struct vmm_vfu *v = vfu_get_private(ctx);
 
-	if (is_write && doorbell(v, region, count, (uint64_t)offset))
+	if (is_write && doorbell(v, region, buf, count, (uint64_t)offset))
 		return (ssize_t)count;
 	return vmmblk_on_region(v->handle, region, buf, count, (uint64_t)offset, is_write);
 }
@@ -201,8 +202,10 @@ struct vmm_vfu *vmm_vfu_new(const char *path, void *handle, const struct vmm_vfu
 	v->handle = handle;
 	v->layout = *layout;
 	pthread_mutex_init(&v->lock, NULL);
-	for (int i = 0; i < MAX_QUEUES; i++)
+	for (int i = 0; i < MAX_QUEUES; i++) {
 		atomic_store(&v->kick_fds[i], -1);
+		atomic_store(&v->notify_ids[i], -1);
+	}
 	v->ctx = vfu_create_ctx(VFU_TRANS_SOCK, path, LIBVFIO_USER_FLAG_ATTACH_NB, v, VFU_DEV_TYPE_PCI);
 	if (!v->ctx || setup(v->ctx, layout) < 0) {
 		*error = errno;
@@ -229,6 +232,13 @@ void vmm_vfu_set_kick(struct vmm_vfu *v, uint32_t queue, int fd)
 {
 	if (queue < MAX_QUEUES)
 		atomic_store(&v->kick_fds[queue], fd);
+}
+
+/* Doorbells of the queue must carry id in their low 16 bits, or are ignored; -1: whatever they carry. */
+void vmm_vfu_set_notify_id(struct vmm_vfu *v, uint32_t queue, int id)
+{
+	if (queue < MAX_QUEUES)
+		atomic_store(&v->notify_ids[queue], id);
 }
 
 /* ---- the transport thread ---------------------------------------------------------------------------------------- */

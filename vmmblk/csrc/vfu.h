@@ -27,6 +27,7 @@ struct vmm_vfu_layout {
 struct vmm_vfu *vmm_vfu_new(const char *path, void *handle, const struct vmm_vfu_layout *layout, int *error);
 void vmm_vfu_free(struct vmm_vfu *v);
 void vmm_vfu_set_kick(struct vmm_vfu *v, uint32_t queue, int fd);
+void vmm_vfu_set_notify_id(struct vmm_vfu *v, uint32_t queue, int id);
 int vmm_vfu_attach(struct vmm_vfu *v);
 int vmm_vfu_run(struct vmm_vfu *v);
 int vmm_vfu_quiesced(struct vmm_vfu *v);
