@@ -15,6 +15,7 @@ import pytest
 
 from vmmblk.cli import main
 from vmmblk.cli.qemu import added_arguments
+from vmmblk.device import SWITCHES
 from vmmblk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -188,6 +189,11 @@ def test_bootindex_is_a_property_of_the_device() -> None:
         (["serve", "--socket", "s", "--queue-size", "100", "null:1M"], "use a power of two"),
         (["serve", "--socket", "s", "--serial", "x" * 21, "null:1M"], "at most 20"),
         (["serve", "--socket", "s", "--serial", "\u00e9", "null:1M"], "ASCII"),
+        (["serve", "--socket", "s", "--queues", "65", "null:1M"], "1<=x<=64"),
+        (["serve", "--socket", "s", "--features", "mq", "null:1M"], "'mq' is not a switch; write it as NAME=on"),
+        (["serve", "--socket", "s", "--features", "mq=on,mq=off", "null:1M"], "mq is given twice"),
+        (["serve", "--socket", "s", "--features", "warp=on", "null:1M"], "there is no feature warp"),
+        (["serve", "--socket", "s", "--queues=2", "--features", "mq=off", "null:1M"], "(BLK-003)"),
         (["serve", "--socket", "s", "/nowhere/disk.img"], "does not exist"),
         (["run", "null:1M"], "put the QEMU command after --"),
         (["run", "null:1M", "--"], "put the QEMU command after --"),
@@ -244,13 +250,37 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 def test_serve_hands_the_options_to_disk_and_server(server: type[FakeServer], tmp_path: Path) -> None:
     """Every option arrives where it belongs; the server is stopped with the time it has."""
     server.failure = RuntimeError("over")
-    options = "--read-only --block-size 4096 --serial s1 --queue-size 64 --cache writethrough --stop-timeout 3"
+    options = (
+        "--read-only --block-size 4096 --serial s1 --queue-size 64 --cache writethrough --stop-timeout 3"
+        " --queues 7 --features suspend=on,discard=off --features in_order=on"
+    )
     assert status_of_main("serve", "--socket", tmp_path / "s", *options.split(), "memory:1M", "max=2M") == 1
     [made] = server.made
     assert made.socket == tmp_path / "s"
     assert (made.block.info.read_write, made.block.info.sector_size) == (False, 4096)
     assert (made.options.serial, made.options.queue_size, made.options.cache) == ("s1", 64, "writethrough")
+    assert made.options.queues == 7
+    assert made.options.features == {"suspend": True, "discard": False, "in_order": True}
     assert made.calls == ["start", ("stop", 3.0)]
+
+
+@pytest.mark.parametrize(("cpus", "features", "queues"), [(1, "", 1), (3, "", 3), (16, "", 4), (16, "mq=off", 1)])
+def test_there_is_a_queue_for_each_cpu(
+    server: type[FakeServer], monkeypatch: pytest.MonkeyPatch, cpus: int, features: str, queues: int
+) -> None:
+    """Without --queues: as many as CPUs, at most 4; one without mq."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    server.failure = RuntimeError("over")
+    arguments = ["--features", features] if features else []
+    assert status_of_main("serve", "--socket", "s", *arguments, "null:1M") == 1
+    assert server.made[0].options.queues == queues
+
+
+def test_help_names_every_feature(capsys: pytest.CaptureFixture[str]) -> None:
+    """``serve --help`` tells which features are on by default and which are not."""
+    assert status_of_main("serve", "--help") == 0
+    words = capsys.readouterr().out.replace(",", " ").replace(".", " ").split()
+    assert set(SWITCHES) <= set(words)
 
 
 def test_serve_says_why_the_server_failed(

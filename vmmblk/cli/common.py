@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vmmblk.device import OFF_BY_DEFAULT, QUEUES_MAX, SWITCHES
 from vmmblk.spec import QUEUE_SIZE_MAX
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ __all__ = ["DiskOptions", "Signals", "disk_options", "leave", "say", "stop"]
 POLL_SECONDS = 0.5
 """How soon a server that failed is noticed."""
 
+_DEFAULT_QUEUES_MAX = 4
+
 
 @dataclass(frozen=True, slots=True)
 class DiskOptions:
@@ -38,7 +41,9 @@ class DiskOptions:
     read_only: bool
     block_size: str | None
     serial: str
+    queues: int | None
     queue_size: int
+    features: dict[str, bool]
     cache: Literal["writeback", "writethrough"]
     no_lock: bool
     filters: tuple[str, ...]
@@ -60,8 +65,17 @@ class DiskOptions:
             lock=not self.no_lock,
             filters=self.filters,
         )
-        options = ServerOptions(serial=self.serial, queue_size=self.queue_size, cache=self.cache)
+        options = ServerOptions(
+            serial=self.serial,
+            queues=self.queues or self._default_queues(),
+            queue_size=self.queue_size,
+            cache=self.cache,
+            features=self.features,
+        )
         return Server(socket_path, block, options)
+
+    def _default_queues(self) -> int:
+        return min(len(os.sched_getaffinity(0)), _DEFAULT_QUEUES_MAX) if self.features.get("mq", True) else 1
 
 
 def disk_options(command: Command) -> Command:
@@ -70,6 +84,11 @@ def disk_options(command: Command) -> Command:
         click.option("--read-only", is_flag=True, help="Let the guest read only."),
         click.option("--block-size", type=click.Choice(["512", "4096"]), help="Bytes per sector (512)."),
         click.option("--serial", default="", callback=_serial, help="Serial number: 20 ASCII characters at most."),
+        click.option(
+            "--queues",
+            type=click.IntRange(1, QUEUES_MAX),
+            help=f"Request queues (one for each CPU, {_DEFAULT_QUEUES_MAX} at most).",
+        ),
         click.option("--queue-size", default=256, callback=_queue_size, help="Requests in the ring; a power of two."),
         click.option(
             "--cache",
@@ -83,6 +102,13 @@ def disk_options(command: Command) -> Command:
             multiple=True,
             metavar="NAME[:K=V,...]",
             help="Put a filter on the disk: readonly, or zoned:zone_size=64M. Repeatable; the first is on top.",
+        ),
+        click.option(
+            "--features",
+            metavar="NAME=on|off,...",
+            multiple=True,
+            callback=_features,
+            help=f"Switch features of the device. {_switches()}",
         ),
         click.option("--no-lock", is_flag=True, help="Do not lock the image file."),
         click.option(
@@ -114,6 +140,25 @@ def _queue_size(_context: click.Context, _parameter: click.Parameter, value: int
     if not 4 <= value <= QUEUE_SIZE_MAX or value & (value - 1):
         raise click.BadParameter(f"use a power of two from 4 to {QUEUE_SIZE_MAX}")
     return value
+
+
+def _features(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, bool]:
+    switches: dict[str, bool] = {}
+    for each in ",".join(values).split(",") if values else ():
+        name, _, value = each.partition("=")
+        if value not in ("on", "off"):
+            raise click.BadParameter(f"{each!r} is not a switch; write it as NAME=on or NAME=off")
+        if name in switches:
+            raise click.BadParameter(f"{name} is given twice; leave one out")
+        switches[name] = value == "on"
+    return switches
+
+
+def _switches() -> str:
+    """The names of all features that can be switched, and where they stand."""
+    off = [name for name, feature in SWITCHES.items() if feature in OFF_BY_DEFAULT]
+    on = [name for name in SWITCHES if name not in off]
+    return f"On, where the disk can: {', '.join(on)}. Off: {', '.join(off)}."
 
 
 def say(message: str) -> None:
