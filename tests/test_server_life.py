@@ -952,6 +952,7 @@ def test_a_transport_that_fails_lets_the_disk_finish(tmp_path: Path, logs: Logs)
         transport = server._transport
         assert transport is not None
         transport.call(lambda: 1 // 0)
+        until(lambda: server.failed)
         with pytest.raises((ConnectionError, TimeoutError)):
             v.connection.region_read(4, 0x14, 1)
         disk.release()

@@ -488,6 +488,7 @@ def test_the_server_can_start_written_through(serve: Serve) -> None:
         assert not v.writeback
         v.write(0, bytes(512))
         v.writeback = True
+        assert v.writeback  # read back: a posted write may still be on its way
         v.write(0, bytes(512))
     assert [call[0] for call in served.disk.calls][:2] == ["write", "write_cached"]
 

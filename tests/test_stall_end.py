@@ -300,15 +300,8 @@ def test_a_server_does_not_wait_for_ever(kind: str, orphaned: bool, serve: Serve
         with within(1.5):
             assert not served.server.stop(0.5)
         assert not served.path.exists()
-    _finish(served)
-
-
-def _finish(served: Served) -> None:
-    """End the threads of a server that gave up on its disk, as the end of the process would."""
-    assert served.server._worker.stop(PATIENCE)
-    assert served.server._transport is not None
-    assert served.server._transport.stop(PATIENCE)
-    served.server._close()
+        disk.release()
+        assert served.server.stop(PATIENCE)
 
 
 # A process.
