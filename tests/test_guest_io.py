@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from guests import MIB, boot, fio, make_image, serve, vfio_user_device
 
-from vmmblk import device, server
-from vmmblk.backends.file import File
-from vmmblk.filters import prepare
-from vmmblk.spec import Feature
-
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from vmmblk.device import DeviceConfig
 
 pytestmark = pytest.mark.guest
 
@@ -200,10 +192,8 @@ def test_a_python_disk_that_raises_gives_the_guest_an_io_error(tmp_path: Path) -
     assert "KeyError: 'the head has crashed'" in log
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "split"])
-def test_the_guest_takes_the_ring_that_is_offered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
-) -> None:
+@pytest.mark.parametrize(("switch", "bit"), [("packed=on", 1), ("packed=off", 0)])
+def test_the_guest_takes_the_ring_that_is_offered(tmp_path: Path, switch: str, bit: int) -> None:
     """Linux negotiates RING_PACKED (bit 34) if it is offered; what it writes in many laps of either ring verifies."""
     image = make_image(tmp_path / "disk.img", SIZE)
     command = f"""set -e
@@ -211,18 +201,9 @@ def test_the_guest_takes_the_ring_that_is_offered(
         {fio("randwrite", "4k", "16M")}
         {fio("write", "256k", "32M", offset="16M")}
         dd if=/dev/vda bs=1M iflag=direct | sha256sum"""
-
-    def configure(*args: Any, **options: Any) -> DeviceConfig:
-        offer = device.configure(*args, **options)
-        return offer if packed else replace(offer, features=offer.features & ~Feature.RING_PACKED.mask)
-
-    monkeypatch.setattr(server, "configure", configure)
-    served = server.Server(tmp_path / "s", prepare(File(image)), server.ServerOptions(queue_size=64))
-    served.start()
-    try:
-        result = boot(command, *vfio_user_device(tmp_path / "s"), memory="256M")
-    finally:
-        assert served.stop(5)
+    with serve(tmp_path / "s", "--features", switch, "--queue-size", "64", str(image)) as server:
+        result = boot(command, *vfio_user_device(server.socket), memory="256M")
+        assert (server.stop(), server.log) == (0, "")
     assert result.status == 0, result.output
-    assert result.output.startswith(f"{int(packed)}\n")
+    assert result.output.startswith(f"{bit}\n")
     assert image_sha256(image) in result.output

@@ -55,7 +55,7 @@ def event(size: int, position: int) -> int:
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 100, 1024])
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_any_size_goes_round_and_round(size: int, event_idx: bool) -> None:
-    """RING-PACKED-002, -004, -005, -006, -007, -023: lists of changing length over many laps, slot and wrap counter."""
+    """RING-PACKED-002, -004, -005, -006, -007, -023, -026: lists of changing length over many laps of the ring."""
     with Rig(life=packed(size, event_idx=event_idx)) as rig:
         status = rig.writable(1)
         empty = Segment(0, 0, writable=False)
@@ -314,11 +314,11 @@ def endless(rig: Rig) -> None:
 
 
 def longer_than_what_is_free(rig: Rig) -> None:
-    """Slots of what is in flight are made available again."""
+    """A list that would be whole, but for going on into slots of what is in flight, made available again."""
     header, _ = rig.plain()
     assert len([rig.offer(*[rig.readable(b"x")] * 4), *rig.queue.pop()]) == 2
     for index in range(4):
-        rig.ring.write_descriptor(index, header._replace(flags=NEXT | USED))
+        rig.ring.write_descriptor(index, header._replace(flags=USED | (NEXT if index < 3 else 0)))
     for index in range(4, ODD):
         rig.ring.write_descriptor(index, header._replace(flags=NEXT | AVAIL))
 
