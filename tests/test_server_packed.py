@@ -48,7 +48,10 @@ def test_every_queue_size_works(serve: Serve, size: int, features: int) -> None:
 @pytest.mark.parametrize("mode", Interrupts, ids=lambda mode: mode.name)
 @pytest.mark.parametrize("indirect", [False, True])
 def test_a_whole_driver_in_every_way(serve: Serve, mode: Interrupts, indirect: bool) -> None:
-    """Every kind of interrupt, tables or not; a reset in between; both formats of ring one after the other."""
+    """Every kind of interrupt, tables or not; a reset in between; both formats of ring one after the other.
+
+    RSVD-006, RSVD-014.
+    """
     served = serve()
     with attach(served.path, features=PACKED, interrupts=mode, indirect=indirect) as v:
         exercise(v)
