@@ -51,7 +51,7 @@ def run(program: Path, *arguments: str) -> str:
 def test_threads_and_races(tmp_path: Path, sanitizers: list[str], rounds: int) -> None:
     """No doorbell is lost, no chain, no byte out of bounds, no data race, whoever acts between any two accesses.
 
-    RING-SPLIT-012, -019, RING-PACKED-027, RING-EVENT-016, -024.
+    RING-SPLIT-012, -019, RING-EVENT-016, -024, RING-PACKED-027: wishes are read after a fence, what is used is whole.
     """
     names = ("memory.c", "chain.c", "device.c", "driver.c", "driver_packed.c")
     sources = [TESTS / "csrc" / "test_core.c", *(CSRC / name for name in names)]
