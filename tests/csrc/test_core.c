@@ -172,13 +172,15 @@ static void tear_down(struct bench *b)
 
 /* ---- the driver's thread ----------------------------------------------------------------------------------------- */
 
-static void offer_one(struct bench *b, uint32_t n)
+static int offer_one(struct bench *b, uint32_t n)
 {
 	uint64_t page = DATA + (n % 16) * PAGE;
 	struct vdrv_segment parts[3] = { { page, 16, 0 }, { page + 512, 512, 0 }, { page + 2048, 1, VDRV_WRITE } };
 
-	CHECK(DRIVER(b, add, parts, 3, 0, NULL) >= 0);
+	int name = DRIVER(b, add, parts, 3, 0, NULL);
+	CHECK(name >= 0);
 	b->offered++;
+	return name;
 }
 
 /* Offers chains in bursts of changing length and sleeps until they are used: a lost doorbell or interrupt hangs it. */
@@ -475,6 +477,42 @@ static void test_a_chain_is_served_whenever_it_comes(void)
 	}
 }
 
+static uint32_t names[2], seen;
+
+static void look_for_used(struct bench *b, uint32_t point)
+{
+	struct vdrv_used out;
+
+	(void)point;
+	if (DRIVER(b, get_used, &out, 1) == 0)
+		return;
+	CHECK(out.id == names[seen] && out.len == 1);
+	seen++;
+}
+
+/* A driver that looks between any two accesses of the device finds what is used whole, or not at all. */
+static void test_what_is_used_is_whole(void)
+{
+	for (int k = 0; k < KINDS; k++) {
+		struct bench b = { 0 };
+		struct vmm_chain chain[2];
+		set_up(&b, kinds[k]);
+		names[1] = (uint32_t)offer_one(&b, 0);
+		names[0] = (uint32_t)offer_one(&b, 1);	/* ends first, so its name goes where the other's was */
+		DRIVER(&b, publish);
+		CHECK(vmm_queue_pop(b.queue, chain, 2) == 2);
+		struct vmm_completion done[2] = { { .token = chain[1].token }, { .token = chain[0].token } };
+		seen = 0;
+		racer.bench = &b;
+		racer.act = look_for_used;
+		vmm_queue_complete(b.queue, done, 2);
+		racer.act = NULL;
+		look_for_used(&b, 0);
+		CHECK(seen == 2);
+		tear_down(&b);
+	}
+}
+
 /* ---- a file that is truncated under the core --------------------------------------------------------------------- */
 
 static void test_a_truncated_file_is_survived(void)
@@ -511,6 +549,7 @@ int main(int argc, char **argv)
 	test_a_truncated_file_is_survived();
 	test_a_jumping_index_loses_no_chain();
 	test_a_chain_is_served_whenever_it_comes();
+	test_what_is_used_is_whole();
 	test_no_doorbell_is_lost(rounds);
 	test_pausing_loses_nothing(rounds / 4);
 	test_memory_is_remapped_while_a_queue_is_served(rounds / 4);
