@@ -11,9 +11,10 @@ from disks import CachedDisk, Disk, FullDisk
 
 from vmmblk.block import Lifetime
 from vmmblk.client.driver import SUPPORTED, VirtioBlk, attach
+from vmmblk.client.queue import Descriptor, SplitQueue
 from vmmblk.client.wire import IrqIndex
 from vmmblk.device import SWITCHES
-from vmmblk.spec import BlkConfig, CommonCfg, DeviceStatus, Feature, RequestType, Status
+from vmmblk.spec import BlkConfig, CommonCfg, DescFlag, DeviceStatus, Feature, RequestType, Status
 from vmmblk.worker import InOrder
 
 if TYPE_CHECKING:
@@ -127,11 +128,12 @@ def test_the_reset_of_one_queue_leaves_the_others_running(serve: Serve) -> None:
 # Doorbells.
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("config_data", [False, True])
 @pytest.mark.parametrize("position", [False, True])
-def test_doorbells_of_every_shape_are_heard(serve: Serve, position: bool, config_data: bool) -> None:
+def test_doorbells_of_every_shape_are_heard(serve: Serve, position: bool, config_data: bool, packed: bool) -> None:
     """16 or 32 bits, with the index or the id of the queue (NOTE-004 to 008, PCI-070 to 072, RSVD-016, 017)."""
-    features = {"notification_data": position, "notif_config_data": config_data}
+    features = {"notification_data": position, "notif_config_data": config_data, "packed": packed}
     with attach(serve(queues=2, features=features).path, queues=2) as v:
         assert v.has(Feature.NOTIFICATION_DATA) == position
         assert v.has(Feature.NOTIF_CONFIG_DATA) == config_data
@@ -209,7 +211,7 @@ def test_ids_are_there_with_their_feature_only(serve: Serve) -> None:
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_feature_can_be_switched_on_and_off(serve: Serve, name: str) -> None:
-    """What is switched on is offered and works, what is switched off is not offered (FEAT-002, RSVD-003, 005, 010)."""
+    """Switched on it is offered and works, switched off it is not offered (FEAT-002, RSVD-003, 005, 006, 010)."""
     feature = SWITCHES[name].mask
     for on in (True, False):
         with attach(serve(AbleDisk(), features={name: on}).path, features=SUPPORTED | feature) as v:
@@ -252,11 +254,12 @@ def completions(v: VirtioBlk, queue: int, count: int) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("indirect", [False, True])
-def test_in_order_chains_come_back_as_they_went(serve: Serve, indirect: bool) -> None:
-    """A read that waits holds back the writes after it on its queue, not those of another (RING-INORDER-001, 007)."""
+def test_in_order_chains_come_back_as_they_went(serve: Serve, indirect: bool, packed: bool) -> None:
+    """A read that waits holds back its own queue's writes, not another's (RING-INORDER-001, 007, RSVD-014)."""
     disk = Disk()
-    served = serve(disk, queues=2, features={"in_order": True})
+    served = serve(disk, queues=2, features={"in_order": True, "packed": packed})
     with attach(served.path, queues=2, features=SUPPORTED | Feature.IN_ORDER.mask, indirect=indirect) as v:
         disk.held = {"read"}
         heads = [v.submit(OUT, 0, bytes(512)).head, v.submit(IN, 0, data_in=512).head]
@@ -268,6 +271,28 @@ def test_in_order_chains_come_back_as_they_went(serve: Serve, indirect: bool) ->
         assert v.queues[0].used_idx == 1
         disk.release()
         assert completions(v, 0, 7) == heads
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_in_order_descriptors_may_lie_anywhere(serve: Serve, wrong: bool) -> None:
+    """The chain is followed, and held against the size of the ring, where IN_ORDER lets one expect it (HOSTILE-045)."""
+    features = SUPPORTED & ~Feature.RING_PACKED.mask | Feature.IN_ORDER.mask
+    with attach(serve(features={"in_order": True}).path, features=features) as v:
+        queue = v.queues[0]
+        assert isinstance(queue, SplitQueue)
+        page = v.memory.alloc(4096)
+        data, head, status = queue.reserve(3)
+        queue.write_descriptor(head, Descriptor(page, 16, DescFlag.NEXT, queue.size if wrong else data))
+        queue.write_descriptor(data, Descriptor(page + 512, 512, DescFlag.NEXT | DescFlag.WRITE, status))
+        queue.write_descriptor(status, Descriptor(page + 2048, 1, DescFlag.WRITE))
+        v.memory.write(page + 2048, b"\xff")
+        queue.offer(head)
+        v.kick(force=True)
+        if wrong:
+            v.wait_needs_reset()
+        else:
+            until(lambda: queue.used_idx == 1)
+            assert v.memory.read(page + 2048, 1) == bytes([Status.OK])
 
 
 def test_without_in_order_nobody_waits(serve: Serve) -> None:
