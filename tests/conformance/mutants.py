@@ -243,8 +243,8 @@ MUTANTS = [
     Mutant(
         "BLK-055 what the disk could not do is OK",
         "vmmblk/errors.py",
-        "        return Status.UNSUPP\n    return Status.IOERR",
-        "        return Status.UNSUPP\n    return Status.OK",
+        "if isinstance(error, kind)), Status.IOERR)",
+        "if isinstance(error, kind)), Status.OK)",
         f"{REQUESTS} errors_of_the_disk",
     ),
     Mutant(
