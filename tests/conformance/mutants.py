@@ -29,7 +29,7 @@ class Mutant:
 
 DEVICE, QUEUES, PCI, REQUEST = (f"tests/test_{name}.py" for name in ("device", "device_queues", "pci", "request"))
 ZONED = "tests/test_conformance_zoned.py"
-RING, REQUESTS = "tests/test_ring.py", "tests/test_server_requests.py -k"
+RING, PACKED, REQUESTS = "tests/test_ring.py", "tests/test_ring_packed.py", "tests/test_server_requests.py -k"
 
 MUTANTS = [
     # status and features
@@ -374,6 +374,34 @@ MUTANTS = [
         "!(value & AVAIL_F_NO_INTERRUPT)",
         "AVAIL_F_NO_INTERRUPT",
         RING,
+    ),
+    Mutant(
+        "HOSTILE-052 marks of another lap count as available",
+        "vmmblk/csrc/*.c",
+        "return (flags & (DESC_F_AVAIL | DESC_F_USED)) == expected;",
+        "return (flags & DESC_F_AVAIL) == (expected & DESC_F_AVAIL);",
+        PACKED,
+    ),
+    Mutant(
+        "HOSTILE-061 a packed list may run into slots in flight",
+        "vmmblk/csrc/*.c",
+        "if (slots == room || ",
+        "if ((void)room, ",
+        PACKED,
+    ),
+    Mutant(
+        "RING-PACKED-021 a used list is skipped by one slot",
+        "vmmblk/csrc/*.c",
+        "q->next_used = further(q, q->next_used, s->ring_slots);",
+        "q->next_used = further(q, q->next_used, 1);",
+        PACKED,
+    ),
+    Mutant(
+        "RING-EVENT-018 the wrap counter of an event is ignored",
+        "vmmblk/csrc/*.c",
+        "uint32_t position = event & EVENT_WRAP ? slot : slot + q->config.size;",
+        "uint32_t position = slot;",
+        PACKED,
     ),
     Mutant(
         "PCI-075 a configuration change does not show in the ISR",
