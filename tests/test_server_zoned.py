@@ -272,7 +272,9 @@ def test_a_report_goes_no_further_than_its_buffer(serve: Serve) -> None:
 def test_requests_framed_at_odd_bytes_are_one_write(serve: Serve) -> None:
     """A write or an append through private memory is judged whole: too long a one writes nothing (HOSTILE-197)."""
     odd = [16 + 100, 411, 1, 700]
-    with attach(serve(zoned(Memory(8 * 8192), zone_size=8192 * 512, max_append=2 << 20)).path) as v:
+    memory = Memory(8 * 8192)
+    memory.bounce = True
+    with attach(serve(zoned(memory, zone_size=8192 * 512, max_append=2 << 20)).path) as v:
         start = 8192
         v.call(RequestType.OUT, start, b"a" * (3 << 20), framing=odd)
         assert status(lambda: v.call(RequestType.OUT, start + 6144, bytes(3 << 20), framing=odd)) == 3

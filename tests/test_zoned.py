@@ -646,6 +646,25 @@ def test_what_does_not_change_is_not_written(path: Path) -> None:
     assert path.stat().st_size == size
 
 
+def test_a_record_is_stable_before_store_returns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each append ends in fdatasync; a file written anew is synced before it is renamed, its folder afterwards."""
+    done: list[str] = []
+    for name in ("pwrite", "fdatasync", "fsync", "rename"):
+        real = getattr(os, name)
+
+        def traced(*arguments: Any, name: str = name, real: Any = real) -> Any:
+            done.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, traced)
+    file = ZoneFile(path, GEOMETRY, read_only=False)
+    assert done == ["pwrite", "fsync", "rename", "fsync"]
+    done.clear()
+    file.store({1: Record(ZoneState.CLOSED, 3)})
+    assert done == ["pwrite", "fdatasync"]
+    file.close()
+
+
 @pytest.mark.parametrize("content", [b"", b"something else altogether" * 9], ids=["empty", "other"])
 def test_a_file_of_something_else_is_left_alone(path: Path, content: bytes) -> None:
     """It is refused, and not written."""
