@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmmblk"
-KERNEL_ARGUMENTS = "console=ttyS0 loglevel=5 panic=-1"
+# An emulated processor on a busy machine can be too slow for the check of the timer, which then panics.
+KERNEL_ARGUMENTS = "console=ttyS0 loglevel=5 panic=-1 no_timer_check"
 
 TIMED_OUT = 124
 NO_STATUS = 125
