@@ -45,7 +45,7 @@ def run(program: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("sanitizers", "rounds"),
-    [(["-O2"], 250_000), (MEMORY_AND_ARITHMETIC, 50_000), (THREADS, 15_000)],
+    [(["-O2"], 250_000), (MEMORY_AND_ARITHMETIC, 50_000), (THREADS, 4_000)],
     ids=["plain", "address", "thread"],
 )
 def test_threads_and_races(tmp_path: Path, sanitizers: list[str], rounds: int) -> None:

@@ -286,6 +286,7 @@ static void *remap(void *arg)
 		vmm_alias_release(b->alias.map_base, b->alias.map_len);
 		b->alias = alias;
 		vmm_device_resume(b->device, VMM_PAUSE_QUIESCE);
+		usleep(50);	/* mutexes are not fair: the queue's own thread must get its turn */
 	}
 	return NULL;
 }
