@@ -32,6 +32,7 @@ class Life(NamedTuple):
     event_idx: bool = False
     indirect: bool = True
     packed: bool = False
+    in_order: bool = False
 
 
 DEFAULT_LIFE = Life()
@@ -140,6 +141,7 @@ class Rig:
             "event_idx": self.life.event_idx,
             "indirect": self.life.indirect,
             "packed": self.life.packed,
+            "in_order": self.life.in_order,
         }
         self.queues[index].start(**{**config, **changes})
 

@@ -27,10 +27,10 @@ IOERR = 1
 OK = 0
 
 
-@pytest.fixture(params=[False, True], ids=["split", "packed"])
+@pytest.fixture(params=[Life(), Life(packed=True)], ids=["split", "packed"])
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     """Rings and headers in one region, data in another."""
-    with Rig(pieces=(RING, DATA), layout=(Range(0, 128 * PAGE),), life=Life(packed=request.param)) as made:
+    with Rig(pieces=(RING, DATA), layout=(Range(0, 128 * PAGE),), life=request.param) as made:
         yield made
 
 
@@ -478,6 +478,63 @@ def test_an_orphan_that_ends_while_its_queue_is_paused_is_told_afterwards(rig: R
     assert rig.queue.pop() == []
     assert rig.ring.get_used() == [(head, 0)]
     assert rig.core.peek() == 1
+
+
+IN_ORDER = [Life(in_order=True), Life(in_order=True, packed=True)]
+
+
+@pytest.mark.parametrize("rig", IN_ORDER, ids=["split", "packed"], indirect=True)
+def test_orphans_that_end_while_memory_is_away_are_told_in_order(rig: Rig) -> None:
+    """RING-INORDER-001: in the order in which they ended, which is that of their chains, wherever they were kept."""
+    rig.request()
+    rig.request()
+    rig.complete(*rig.queue.pop())  # what is free now comes in another order than at first
+    rig.ring.get_used()
+    heads = [rig.request(room=512) for _ in range(5)]
+    chains = rig.queue.pop()
+    orphaned(rig)
+    with rig.quiesced():
+        rig.unmap(RING)
+    rig.complete(*chains)
+    with rig.quiesced():
+        rig.map(RING)
+    assert rig.queue.pop() == []
+    assert rig.ring.get_used() == [(head, 0) for head in heads]
+
+
+@pytest.mark.parametrize("rig", IN_ORDER, ids=["split", "packed"], indirect=True)
+def test_an_orphan_that_cannot_be_told_holds_back_what_comes_after_it(rig: Rig) -> None:
+    """RING-INORDER-001: chains whose status bytes are there wait for one whose byte is not, new ones as well."""
+    away = rig.offer(rig.readable(HEADER), room(1))
+    heads = [away, rig.request()]
+    chains = rig.queue.pop()
+    orphaned(rig)
+    with rig.quiesced():
+        rig.unmap(DATA)
+    rig.complete(*chains)
+    heads.append(rig.request())
+    assert rig.queue.pop() == []
+    assert rig.ring.get_used() == []
+    with rig.quiesced():
+        rig.map(DATA)
+    assert rig.kicked()
+    assert [head for head, _ in rig.serve()] == heads
+
+
+def test_an_orphan_that_cannot_be_told_holds_nobody_back_without_in_order(rig: Rig) -> None:
+    """RING-SPLIT-016: what can be told is, and new chains are served."""
+    away = rig.offer(rig.readable(HEADER), room(1))
+    heads = [rig.request()]
+    chains = rig.queue.pop()
+    orphaned(rig)
+    with rig.quiesced():
+        rig.unmap(DATA)
+    rig.complete(*chains)
+    heads.append(rig.request())
+    assert [head for head, _ in rig.serve()] == heads
+    with rig.quiesced():
+        rig.map(DATA)
+    assert [head for head, _ in rig.serve()] == [away]
 
 
 def test_a_queue_that_was_not_paused_waits_while_memory_is_taken_back(

@@ -21,7 +21,8 @@ Rules for a driver that keeps to none:
 
 * A write acts on each register that it covers wholly, and on no other; a 64-bit register is two of 32 bits.  A read
   may have any offset and length.  What lies past the end reads 0.
-* Status bits are only ever added, each only once its predecessors in the initialisation sequence are there.
+* Status bits are only ever added, each only once its predecessors in the initialisation sequence are there. But
+  ACKNOWLEDGE, which has no effect, is no condition: U-Boot before 2026.07 leaves it out after its reset.
 * A queue whose ring addresses are missing (0) or misaligned is never started: the device needs a reset instead.
 """
 
@@ -359,6 +360,7 @@ class QueueConfig:
     event_idx: bool
     indirect: bool
     packed: bool
+    in_order: bool = False
     notify_id: int | None = None
     """What each doorbell must carry in its low 16 bits (NOTIF_CONFIG_DATA); None if that does not matter."""
 
@@ -451,9 +453,9 @@ Effect = (
 # The status bits a driver sets, in the order of "Device Initialization", each with those that must be set before.
 _STATUS_SEQUENCE = (
     (DeviceStatus.ACKNOWLEDGE, DeviceStatus(0)),
-    (DeviceStatus.DRIVER, DeviceStatus.ACKNOWLEDGE),
-    (DeviceStatus.FEATURES_OK, DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER),
-    (DeviceStatus.DRIVER_OK, DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK),
+    (DeviceStatus.DRIVER, DeviceStatus(0)),
+    (DeviceStatus.FEATURES_OK, DeviceStatus.DRIVER),
+    (DeviceStatus.DRIVER_OK, DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK),
     (DeviceStatus.FAILED, DeviceStatus(0)),
 )
 
@@ -799,6 +801,7 @@ class Device:
             event_idx=self._has(Feature.EVENT_IDX),
             indirect=self._has(Feature.INDIRECT_DESC),
             packed=self._has(Feature.RING_PACKED),
+            in_order=self._has(Feature.IN_ORDER),
             notify_id=self._notify_id(index),
         )
 

@@ -124,16 +124,18 @@ class Queue:
         event_idx: bool,
         indirect: bool,
         packed: bool = False,
+        in_order: bool = False,
     ) -> None:
         """Start from position 0; ``desc``, ``driver``, ``device`` are the areas' IOVAs ("Virtqueue Configuration").
 
-        A split ring has a power of two of descriptors, a ``packed`` one any number up to 32768.
+        A split ring has a power of two of descriptors, a ``packed`` one any number up to 32768.  With ``in_order``
+        whoever completes does so in the order of the chains.
 
         Raises: OSError - EINVAL (size, or started already), EPROTO (misaligned), ENOENT (outside guest memory),
         EFAULT (in memory that came without a file descriptor), EIO (guest memory is gone), ENOMEM.
         """
         config = ffi.new(
-            "struct vmm_queue_config *", (size, vector, desc, driver, device, event_idx, indirect, packed)
+            "struct vmm_queue_config *", (size, vector, desc, driver, device, event_idx, indirect, packed, in_order)
         )
         error = lib.vmm_queue_start(self._handle, config)
         if error:

@@ -384,6 +384,7 @@ class Server:
                 event_idx=c.event_idx,
                 indirect=c.indirect,
                 packed=c.packed,
+                in_order=c.in_order,
             )
         except OSError as error:
             if error.errno == errno.EFAULT:

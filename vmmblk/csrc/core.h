@@ -63,7 +63,7 @@ struct vmm_queue_config {
 	uint32_t size;
 	uint32_t vector;
 	uint64_t desc, driver, device;
-	bool event_idx, indirect, packed;
+	bool event_idx, indirect, packed, in_order;
 };
 
 /* One mapped guest region.  addr is the core's own mapping (an alias of the transport's), NULL without a fd. */
@@ -123,7 +123,7 @@ struct slot {
 	uint64_t writable;
 	struct vmm_seg *segs;
 	uint32_t nr_segs, max_segs, readable_segs;
-	uint32_t next_free;
+	uint32_t next;			/* in the list of those that are free, or of those that are untold */
 };
 
 struct area {
@@ -161,6 +161,7 @@ struct vmm_queue {
 	bool saw_chain;
 	struct slot *slots;
 	uint32_t max_size, free_slot;
+	uint32_t first_untold, *untold_end;	/* in the order in which they ended, and where the next is linked */
 	int kick_fd;
 	atomic_uint vector;
 };

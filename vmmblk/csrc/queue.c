@@ -91,8 +91,10 @@ static bool make_slots(struct vmm_queue *q)
 	if (!q->slots)
 		return false;
 	for (uint32_t i = 0; i < q->max_size; i++)
-		q->slots[i].next_free = i + 1 < q->max_size ? i + 1 : NO_SLOT;
+		q->slots[i].next = i + 1 < q->max_size ? i + 1 : NO_SLOT;
 	q->free_slot = 0;
+	q->first_untold = NO_SLOT;
+	q->untold_end = &q->first_untold;
 	return true;
 }
 
@@ -107,7 +109,7 @@ static void free_slot(struct vmm_queue *q, struct slot *s)
 	}
 	s->state = SLOT_FREE;
 	s->generation++;
-	s->next_free = q->free_slot;
+	s->next = q->free_slot;
 	q->free_slot = (uint32_t)(s - q->slots);
 }
 
@@ -141,7 +143,7 @@ static int take_chain(struct vmm_queue *q, struct vmm_chain *chain)
 		return error;
 	}
 	vmm_chain_finish(&w);
-	q->free_slot = s->next_free;
+	q->free_slot = s->next;
 	s->state = SLOT_IN_FLIGHT;
 	s->epoch = q->epoch;
 	chain->token = token_of(q, s);
@@ -206,6 +208,21 @@ static bool tell_orphan(struct vmm_queue *q, const struct slot *s, bool *told)
 	return true;
 }
 
+static void keep_untold(struct vmm_queue *q, struct slot *s)
+{
+	s->state = SLOT_UNTOLD;
+	s->next = NO_SLOT;
+	*q->untold_end = (uint32_t)(s - q->slots);
+	q->untold_end = &s->next;
+	q->untold++;
+}
+
+/* With IN_ORDER, what ended first and has not been told holds back whatever comes after it. */
+static bool held_back(const struct vmm_queue *q)
+{
+	return q->config.in_order && q->untold;
+}
+
 /* The last orphan lets the requests that wait go on. */
 static bool complete_orphan(struct vmm_queue *q, struct slot *s)
 {
@@ -213,12 +230,10 @@ static bool complete_orphan(struct vmm_queue *q, struct slot *s)
 
 	q->orphans--;
 	atomic_fetch_sub(&q->device->orphans, 1);
-	if (tell_orphan(q, s, &told)) {
+	if (!held_back(q) && tell_orphan(q, s, &told))
 		free_slot(q, s);
-	} else {
-		s->state = SLOT_UNTOLD;
-		q->untold++;
-	}
+	else
+		keep_untold(q, s);
 	return told;
 }
 
@@ -257,24 +272,40 @@ static void send_interrupt(struct vmm_queue *q)
 	pthread_mutex_unlock(&q->lock);
 }
 
-static void free_untold(struct vmm_queue *q, struct slot *s)
+/* Go past the slot that *link leads to, or free it. */
+static uint32_t *past_untold(struct vmm_queue *q, uint32_t *link, bool done)
 {
+	struct slot *s = &q->slots[*link];
+
+	if (!done)
+		return &s->next;
+	*link = s->next;
 	q->untold--;
 	free_slot(q, s);
+	return link;
 }
 
-/* Memory has been mapped: tell the driver of orphans that have ended before. */
+/* Memory has been mapped: tell the driver of orphans that have ended before, in that order. */
 static bool tell_ended(struct vmm_queue *q)
 {
 	uint16_t old = q->next_used;
-	bool told = false;
+	uint32_t *link = &q->first_untold;
+	bool told = false, done = true;
 
-	for (uint32_t i = 0; q->untold && i < q->max_size; i++) {
-		struct slot *s = &q->slots[i];
-		if (s->state == SLOT_UNTOLD && tell_orphan(q, s, &told))
-			free_untold(q, s);
+	while (*link != NO_SLOT && (done || !q->config.in_order)) {
+		done = tell_orphan(q, &q->slots[*link], &told);
+		link = past_untold(q, link, done);
 	}
+	if (*link == NO_SLOT)
+		q->untold_end = link;
 	return told && publish_used(q, old);
+}
+
+static void forget_ended(struct vmm_queue *q)
+{
+	while (q->untold)
+		past_untold(q, &q->first_untold, true);
+	q->untold_end = &q->first_untold;
 }
 
 static void kick_all(struct vmm_device *d)
@@ -397,7 +428,10 @@ int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
 	}
 	if (q->untold && !q->broken)
 		interrupt = tell_ended(q);
-	n = q->broken ? q->broken : pop_available(q, out, max);
+	if (q->broken)
+		n = q->broken;
+	else if (!held_back(q))
+		n = pop_available(q, out, max);
 	if (n <= 0 && memory_lost(q))
 		n = q->broken = -EIO;
 out:
@@ -473,9 +507,7 @@ void vmm_queue_stop(struct vmm_queue *q)
 	q->started = false;
 	q->parked = false;
 	q->broken = 0;
-	for (uint32_t i = 0; q->untold && i < q->max_size; i++)
-		if (q->slots[i].state == SLOT_UNTOLD)
-			free_untold(q, &q->slots[i]);
+	forget_ended(q);
 	pthread_mutex_unlock(&q->lock);
 }
 
