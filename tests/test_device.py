@@ -270,12 +270,26 @@ def test_status_is_zero_at_first_and_bits_read_back() -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations((1, 2, 8, 4))))
 def test_only_the_right_order_of_status_bits_goes_live(order: tuple[int, ...]) -> None:
-    """HOSTILE-093, HOSTILE-094: bits written in any other order leave the device not live."""
+    """HOSTILE-093, HOSTILE-094: DRIVER, FEATURES_OK and DRIVER_OK in any other order leave the device not live."""
     driver = Driver()
     driver.acknowledge(VERSION_1)
     for bit in order:
         driver.status = driver.status | bit
-    assert driver.device.live == (order == (1, 2, 8, 4))
+    assert driver.device.live == ([bit for bit in order if bit != 1] == [2, 8, 4])
+
+
+def test_a_driver_that_never_acknowledges_is_served() -> None:
+    """After its reset U-Boot before 2026.07 goes on with DRIVER; ACKNOWLEDGE, which has no effect, is not missed."""
+    driver = Driver()
+    driver.status = 0
+    driver.device.reset_done()
+    driver.acknowledge(VERSION_1)
+    seen = []
+    for bit in (2, 8, 4):
+        driver.status = driver.status | bit
+        seen.append(driver.status)
+    assert seen == [2, 10, 14]
+    assert driver.device.live
 
 
 def test_all_status_bits_at_once_do_not_replace_negotiation() -> None:
