@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vmmblk.conform.rules import AREAS, ids
+from vmmblk.conform.rules import rules as rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -17,65 +19,19 @@ OPEN = HERE / "open.txt"
 
 PASSED, FAILED, NOT_RUN, OPEN_OUTCOME, NOT_APPLICABLE = "passed", "failed", "not run", "open", "not applicable"
 
-AREAS = {
-    "STAT": "Device status",
-    "FEAT": "Feature negotiation",
-    "NOTE": "Notifications",
-    "RST": "Device reset",
-    "CFG": "Configuration space",
-    "VQRST": "Queue reset",
-    "RING-SPLIT": "Split rings",
-    "RING-PACKED": "Packed rings",
-    "RING-INDIRECT": "Indirect descriptors",
-    "RING-EVENT": "Event suppression",
-    "RING-INORDER": "In-order use",
-    "SUSPEND": "Suspend",
-    "RSVD": "Reserved feature bits",
-    "ADMIN": "Administration queues",
-    "PCI": "PCI transport",
-    "BLK": "Block device",
-    "LEGACY": "Legacy interface",
-    "HOSTILE": "Hostile drivers",
-}
-# An id, and the numbers of the same area that follow it.
-IDS = re.compile(
-    rf"(?<![\w-])({'|'.join(sorted(AREAS, key=len, reverse=True))})-"
-    r"(\d{3}\b(?:(?:\.\.| to |, | and )-?\d{3}\b)*)"
-)
-NEXT = re.compile(r"(\.\.| to |, | and |^)-?(\d{3})")
 LAST_CELL = re.compile(r"\| ([^|]*::[^|]*) \|$", re.MULTILINE)
 
 INTRODUCTION = """\
 # Conformance
 
 What VIRTIO 1.4 (Committee Specification 01) asks of a virtio-blk device on PCI, row by row, and the tests that fail
-when vmmblk does not do it. The rows are [tests/conformance/rows.tsv](../tests/conformance/rows.tsv), where the levels
+when vmmblk does not do it. The rows are [vmmblk/conform/rules.tsv](../vmmblk/conform/rules.tsv), where the levels
 are explained.
 
 This page is made by the tests: do not edit it. `python -m pytest --conformance-page` writes it from what that run saw
 (with `-k`, a test that did not run keeps its outcome; what has not passed is bold). The tests fail when a row has
 neither test nor reason, or the page is stale.
 """
-
-
-@dataclass(frozen=True)
-class Row:
-    """One rule."""
-
-    id: str
-    level: str
-    requirement: str
-
-    @property
-    def area(self) -> str:
-        """The id without its number."""
-        return self.id.rpartition("-")[0]
-
-
-def rows() -> dict[str, Row]:
-    """Every row by id, in the order of the file."""
-    lines = [line.split("\t") for line in (HERE / "rows.tsv").read_text().splitlines() if not line.startswith("#")]
-    return {each[0]: Row(each[0], each[2], each[3]) for each in lines[1:]}
 
 
 def reasons() -> dict[str, str]:
@@ -91,16 +47,6 @@ def reasons() -> dict[str, str]:
 def still_open() -> list[str]:
     """Rows that are still to do."""
     return [row for line in OPEN.read_text().splitlines() if not line.startswith("#") for row in ids(line)]
-
-
-def ids(text: str) -> Iterator[str]:
-    """The ids that a text names, ranges told one by one."""
-    for area, numbers in IDS.findall(text):
-        last = 0
-        for joint, number in NEXT.findall(numbers):
-            first = last + 1 if joint in ("..", " to ") else int(number)
-            last = int(number)
-            yield from (f"{area}-{each:03}" for each in range(first, last + 1))
 
 
 def complaints(tests: Mapping[str, Iterable[str]]) -> list[str]:

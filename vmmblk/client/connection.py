@@ -8,6 +8,7 @@ memory it was given without a descriptor): they are answered whenever the connec
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import json
 import os
@@ -122,6 +123,11 @@ class Connection:
     def fileno(self) -> int:
         """The socket's descriptor, for poll()."""
         return self._socket.fileno()
+
+    def abort(self) -> None:
+        """Make whoever reads or writes fail from now on, with ConnectionError.  From any thread, until ``close``."""
+        with contextlib.suppress(OSError):  # the server has closed it already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket and every descriptor that was received and not taken."""
