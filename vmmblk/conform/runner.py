@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from vmmblk.conform.target import SCRATCH_SECTORS, TAIL_SECTORS, Target
 from vmmblk.spec import SECTOR_SIZE, Feature
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from vmmblk.conform.target import Options
+    from vmmblk.conform.target import Facts, Options
 
-__all__ = ["Result", "kept", "run", "settle"]
+__all__ = ["Result", "keep", "put_back", "run", "settle"]
 
 _CHUNK_SECTORS = 256
 
@@ -42,11 +41,11 @@ class Result:
         return f"{self.check.name}[{self.ring}]" if self.ring else self.check.name
 
 
-def run(address: Path, options: Options, chosen: Iterable[Check], *, prove_alive: bool = True) -> Iterator[Result]:
+def run(address: Path, options: Options, chosen: Iterable[Check]) -> Iterator[Result]:
     """Run ``chosen``, giving each result when it is there.
 
-    With ``prove_alive`` the server must serve fully after each check.  Once it cannot be reached any more the rest is
-    not tested.  Raises OSError if it cannot be reached to begin with.
+    After each check the server must serve fully.  Once it cannot be reached any more the rest is not tested.
+    Raises OSError if it cannot be reached to begin with.
     """
     facts = Target(address, options).facts
     healthy, gone = True, ""
@@ -56,7 +55,7 @@ def run(address: Path, options: Options, chosen: Iterable[Check], *, prove_alive
                 yield Result(each, ring, Outcome.NOT_TESTED, gone, 0.0)
                 continue
             result = settle(Target(address, options, facts, packed=ring == "packed"), each, ring)
-            if prove_alive and result.outcome not in (Outcome.NOT_OFFERED, Outcome.NOT_TESTED):
+            if result.outcome not in (Outcome.NOT_OFFERED, Outcome.NOT_TESTED):
                 complaint, reached = _prove(Target(address, options, facts))
                 if complaint and healthy:
                     before = f"{result.detail}; " if result.detail else ""
@@ -88,26 +87,28 @@ def settle(target: Target, each: Check, ring: str = "") -> Result:
     return Result(each, ring, outcome, detail, time.monotonic() - began)
 
 
-@contextlib.contextmanager
-def kept(address: Path, options: Options) -> Iterator[None]:
-    """Keep what the disk holds where checks write, and put it back in the end.  Raises OSError, StatusError."""
-    target = Target(address, options)
-    facts = target.facts
+def keep(address: Path, options: Options, facts: Facts) -> dict[int, bytes]:
+    """What the disk holds where checks write, by sector; nothing if they may not.
+
+    Raises OSError, StatusError, NeedsReset.
+    """
     if facts.offer & (Feature.BLK_RO.mask | Feature.BLK_ZONED.mask):
-        yield
-        return
+        return {}
     head = range(min(facts.capacity, SCRATCH_SECTORS))
     tail = range(max(len(head), (facts.capacity - TAIL_SECTORS) // 8 * 8), facts.capacity)
-    with target.driver() as driver:
-        saved = [(at, driver.read(at, n * SECTOR_SIZE)) for area in (head, tail) for at, n in _pieces(area)]
-    try:
-        yield
-    finally:
-        with Target(address, options, facts).driver() as driver:
-            for at, data in saved:
-                driver.write(at, data)
-            if driver.has(Feature.BLK_FLUSH):
-                driver.flush()
+    with Target(address, options, facts).driver() as driver:
+        return {at: driver.read(at, n * SECTOR_SIZE) for area in (head, tail) for at, n in _pieces(area)}
+
+
+def put_back(address: Path, options: Options, saved: Mapping[int, bytes]) -> None:
+    """Write what ``keep`` returned.  Raises OSError, StatusError, NeedsReset."""
+    if not saved:
+        return
+    with Target(address, options).driver() as driver:
+        for at, data in saved.items():
+            driver.write(at, data)
+        if driver.has(Feature.BLK_FLUSH):
+            driver.flush()
 
 
 def _pieces(area: range) -> Iterator[tuple[int, int]]:
