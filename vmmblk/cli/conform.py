@@ -35,12 +35,8 @@ _STYLES = {"passed": "green", "broken": "bold red", "left open": "yellow"}
     multiple=True,
     help="Only checks of an area (RING-PACKED), of a rule (BLK-004), or whose name begins so (block_erase).",
 )
-@click.option(
-    "--json", "json_file", type=click.File("w", lazy=False), help="Write everything as JSON; - is standard output."
-)
-@click.option(
-    "--junit", "junit_file", type=click.File("wb", lazy=False), help="Write JUnit's XML; - is standard output."
-)
+@click.option("--json", "json_file", type=click.File("w", lazy=False), help="Write it as JSON; - is standard output.")
+@click.option("--junit", "junit_file", type=click.File("wb", lazy=False), help="Write JUnit's XML; - too.")
 @click.option("--strict", is_flag=True, help="Fail, too, for what the specification leaves open or only advises.")
 @click.option("--destructive", is_flag=True, help="Change, too, what cannot be put back: zones.")
 @click.option("--timeout", type=_SECONDS, default=5.0, help="Seconds that an answer or a completion may take (5).")

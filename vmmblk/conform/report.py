@@ -116,8 +116,8 @@ class Report:
                     element.text = _printable(text)
                 else:
                     element.set("message", _printable(text))
-        text: bytes = ET.tostring(suite, encoding="utf-8", xml_declaration=True)
-        return text
+        document: bytes = ET.tostring(suite, encoding="utf-8", xml_declaration=True)
+        return document
 
 
 def _printable(text: str) -> str:
