@@ -24,6 +24,7 @@ import msgspec
 from vmmblk.backends.file import File
 from vmmblk.backends.memory import Memory
 from vmmblk.backends.null import Null
+from vmmblk.backends.zoned_device import ZonedDevice, zone_model
 from vmmblk.block import Block, BlockInfo
 from vmmblk.errors import ConfigError
 from vmmblk.filters import prepare
@@ -137,9 +138,16 @@ def _whole_sectors(request: _Request) -> int:
 
 
 def _open_file(request: _Request) -> Block:
+    path = Path(request.spec)
+
+    def zoned_device(*, direct: bool = True, bounce: bool = False, lock: bool = request.lock) -> Block:
+        if not direct:
+            raise ConfigError(f"{path} is zoned: what a page cache writes comes in any order; leave direct=off out")
+        return ZonedDevice.open(path, read_only=request.read_only, bounce=bounce, lock=lock)
+
     def file(*, direct: bool = False, bounce: bool = False, lock: bool = request.lock) -> Block:
         return File(
-            Path(request.spec),
+            path,
             sector_size=request.sector_size,
             read_only=request.read_only,
             direct=direct,
@@ -147,7 +155,8 @@ def _open_file(request: _Request) -> Block:
             lock=lock,
         )
 
-    return file(**_arguments(request, file))
+    open_it = zoned_device if zone_model(path) else file
+    return open_it(**_arguments(request, open_it))
 
 
 def _open_python(request: _Request) -> Block:

@@ -11,8 +11,9 @@ import inspect
 import queue
 import threading
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
-from vmmblk.block import Block
+from vmmblk.block import Block, Operation, SupportsZones, ZoneModel, operations
 from vmmblk.filters.base import OFFSET_METHODS, Filter
 
 if TYPE_CHECKING:
@@ -47,11 +48,14 @@ def _plain_methods(block: Block) -> list[str]:
 class Threaded(Filter):
     """Runs the plain methods of ``block`` in a pool of threads, several at once.
 
-    A call that was submitted runs to its end even if the task that awaits it is cancelled.
+    A call that was submitted runs to its end even if the task that awaits it is cancelled.  What changes a zone of a
+    host-managed disk runs one call at a time and in the order of the calls, which threads would lose.
     """
 
     def __init__(self, block: Block) -> None:
         super().__init__(block)
+        self._zone_sectors = _ordered_zones(block)
+        self._turns: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()  # by zone, while there is a call
         self._pool = Pool(WORKERS)
         plain = _plain_methods(block)
         for name in _AWAITED:
@@ -64,11 +68,11 @@ class Threaded(Filter):
 
     async def write(self, sector_start: int, buffers: Buffers) -> None:
         """``write`` in a thread."""
-        await self._run("write", sector_start, buffers)
+        await self._run_in_turn("write", sector_start, buffers)
 
     async def write_cached(self, sector_start: int, buffers: Buffers) -> None:
         """``write_cached`` in a thread."""
-        await self._run("write_cached", sector_start, buffers)
+        await self._run_in_turn("write_cached", sector_start, buffers)
 
     async def flush(self) -> None:
         """``flush`` in a thread."""
@@ -93,19 +97,19 @@ class Threaded(Filter):
 
     async def open_zone(self, sector_start: int) -> None:
         """``open_zone`` in a thread."""
-        await self._run("open_zone", sector_start)
+        await self._run_in_turn("open_zone", sector_start)
 
     async def close_zone(self, sector_start: int) -> None:
         """``close_zone`` in a thread."""
-        await self._run("close_zone", sector_start)
+        await self._run_in_turn("close_zone", sector_start)
 
     async def finish_zone(self, sector_start: int) -> None:
         """``finish_zone`` in a thread."""
-        await self._run("finish_zone", sector_start)
+        await self._run_in_turn("finish_zone", sector_start)
 
     async def reset_zone(self, sector_start: int) -> None:
         """``reset_zone`` in a thread."""
-        await self._run("reset_zone", sector_start)
+        await self._run_in_turn("reset_zone", sector_start)
 
     async def reset_all_zones(self) -> None:
         """``reset_all_zones`` in a thread."""
@@ -113,7 +117,7 @@ class Threaded(Filter):
 
     async def append(self, sector_start: int, buffers: Buffers) -> int:
         """``append`` in a thread."""
-        sector: int = await self._run("append", sector_start, buffers)
+        sector: int = await self._run_in_turn("append", sector_start, buffers)
         return sector
 
     async def lifetime(self) -> Lifetime:
@@ -128,10 +132,25 @@ class Threaded(Filter):
         finally:
             self._pool.stop()
 
+    async def _run_in_turn(self, name: str, sector_start: int, *arguments: object) -> Any:
+        if not self._zone_sectors:
+            return await self._run(name, sector_start, *arguments)
+        turn = self._turns.setdefault(sector_start // self._zone_sectors, asyncio.Lock())
+        async with turn:
+            return await self._run(name, sector_start, *arguments)
+
     async def _run(self, name: str, *arguments: object) -> Any:
         result = await self._pool.submit(self._method(name), arguments)
         # a plain method may have handed back a coroutine
         return await result if inspect.isawaitable(result) else result
+
+
+def _ordered_zones(block: Block) -> int:
+    """The size of the zones of a host-managed disk, in sectors; 0 for other disks."""
+    if Operation.ZONES not in operations(block) or not isinstance(block, SupportsZones):
+        return 0
+    zoning = block.zoning()
+    return zoning.zone_sectors if zoning.model is ZoneModel.HOST_MANAGED else 0
 
 
 class Pool:

@@ -33,6 +33,7 @@ from vmmblk.block import (
     ZoneState,
     ZoneType,
     Zoning,
+    operations,
     total_bytes,
 )
 from vmmblk.errors import ConfigError, Unimplemented, Unknown
@@ -78,6 +79,8 @@ class Zoned(Filter):
         state: Path | None = None,
     ) -> None:
         super().__init__(block)
+        if Operation.ZONES in operations(block):
+            raise ConfigError("this disk has zones of its own; leave the filter out")
         self._info = info = block.info
         size = info.sector_size
         capacity = zone_capacity or zone_size
