@@ -307,6 +307,22 @@ def test_file_write_error_that_may_tell_of_cached_data_fails_the_next_flush(
         disk.disconnect()
 
 
+def test_file_without_cached_data_loses_none_with_a_write_that_fails(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With direct I/O a bad sector is that sector's affair, and later flushes succeed."""
+
+    def fail(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        raise OSError(errno.EIO, "bad sector")
+
+    with opened(image, direct=True, sector_size=4096) as disk:
+        with monkeypatch.context() as patch:
+            patch.setattr(file_module.os, "pwritev", fail)
+            with pytest.raises(OSError, match="bad sector"):
+                disk.write(0, views(4096))
+        disk.flush()
+
+
 def test_full_file_system_is_an_error_and_not_the_end(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC fails the write; when there is room again writing and flushing work."""
 

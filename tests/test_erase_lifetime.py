@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import struct
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -217,11 +218,23 @@ def test_memory_erases_by_zeroing() -> None:
     assert asyncio.run(use()) == b"x" * 3 * 512 + bytes(9 * 512) + b"x" * 4 * 512
 
 
-@pytest.mark.parametrize(("answer", "offered"), [(errno.EINVAL, True), (errno.EOPNOTSUPP, False), (None, False)])
+@pytest.mark.parametrize(
+    ("release", "answer", "offered"),
+    [
+        ("6.1.0-28-amd64", errno.EINVAL, True),
+        ("6.12.107+deb13-amd64", errno.EOPNOTSUPP, False),
+        ("7.0", None, False),
+        ("5.19.0-rc1", errno.EINVAL, True),
+        ("5.18.16-1", errno.EINVAL, False),
+    ],
+)
 def test_a_block_device_erases_only_if_it_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None, offered: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str, answer: int | None, offered: bool
 ) -> None:
-    """FEAT-004: BLKSECDISCARD is asked about with a range that erases nothing, and then gets bytes, not sectors."""
+    """FEAT-004: BLKSECDISCARD is asked about with a range that erases nothing, and then gets bytes, not sectors.
+
+    Before 5.19 Linux does not tell erasing from discarding.
+    """
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(8192))
     asked: list[tuple[int, int]] = []
@@ -235,9 +248,10 @@ def test_a_block_device_erases_only_if_it_can(
 
     monkeypatch.setattr("vmmblk.backends.file._is_block_device", lambda _: True)
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
     disk = File(image, lock=False)
     assert (Operation.SECURE_ERASE in operations(disk)) is offered
-    assert asked == [(1, 1)]
+    assert asked == ([] if release.startswith("5.18") else [(1, 1)])
     if offered:
         disk.secure_erase(2, 3)
         assert asked[1:] == [(1024, 1536)]

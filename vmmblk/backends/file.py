@@ -14,6 +14,7 @@ import fcntl
 import logging
 import mmap
 import os
+import re
 import stat
 import struct
 from typing import TYPE_CHECKING
@@ -99,6 +100,10 @@ class File(Block):
         self.bounce = bounce
         self.pins_memory = direct and not bounce
 
+    def fileno(self) -> int:
+        """The open file; it stays this disk's."""
+        return self._fd
+
     def read(self, sector_start: int, buffers: Buffers) -> None:
         """Fill the buffers with preadv."""
         self._transfer(os.preadv, sector_start, buffers)
@@ -108,7 +113,8 @@ class File(Block):
         try:
             self._transfer(os.pwritev, sector_start, buffers, os.RWF_DSYNC)
         except OSError as exc:
-            if exc.errno == errno.EIO:  # may have told of pages that write_cached left, and tells only once
+            # it may have told of pages that write_cached left, and tells only once
+            if exc.errno == errno.EIO and not self._direct:
                 self._lost = exc
             raise
 
@@ -179,12 +185,23 @@ class File(Block):
 
 
 def _erases_securely(fd: int) -> bool:
-    """Whether a block device has BLKSECDISCARD: asked with a range that no device takes, so nothing is erased."""
+    """Whether a block device has BLKSECDISCARD: asked with a range that no device takes, so nothing is erased.
+
+    Linux before 5.19 gives the same answer for a device that can only discard.  There is no other way to ask, so there
+    no device is taken for one that can.
+    """
+    if _linux() < (5, 19):
+        return False
     try:
         fcntl.ioctl(fd, _BLKSECDISCARD, struct.pack("=QQ", 1, 1))
     except OSError as exc:
         return exc.errno == errno.EINVAL
     return False  # one that does not look at its arguments is not to be trusted with this
+
+
+def _linux() -> tuple[int, ...]:
+    """The version of the kernel, as in (6, 1)."""
+    return tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
 
 
 def _after(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
