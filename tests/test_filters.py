@@ -7,12 +7,12 @@ import asyncio
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from vmmblk.backends.memory import Memory
-from vmmblk.block import Block, BlockInfo, Buffers, Operation, operations
+from vmmblk.block import Block, BlockInfo, Buffers, Operation, ZoneModel, Zoning, operations
 from vmmblk.check import check_block
 from vmmblk.errors import BlockError, Disconnected, IsReadOnly, Unimplemented, Unknown
 from vmmblk.filters import prepare
@@ -185,6 +185,49 @@ def test_plain_calls_run_at_the_same_time() -> None:
         await asyncio.gather(*(disk.read(0, sectors(1)) for _ in range(4)))
 
     asyncio.run(use())
+
+
+@pytest.mark.parametrize("model", ZoneModel)
+def test_plain_calls_that_change_a_zone_keep_their_order(model: ZoneModel) -> None:
+    """One at a time, where zones must be written in order; other zones and reads do not wait for them."""
+    allowed = threading.Event()
+
+    class Zones(Plain):
+        def zoning(self) -> Zoning:
+            return Zoning(model, 8, 0, 0, 0, 512)
+
+        def write(self, sector_start: int, buffers: Buffers) -> None:
+            super().write(sector_start, buffers)
+            if sector_start == 0:
+                allowed.wait()
+
+        def append(self, sector_start: int, buffers: Buffers) -> int:
+            self.calls.append(("append", sector_start))
+            return sector_start
+
+        def open_zone(self, sector_start: int) -> None:
+            self.calls.append(("zone", sector_start))
+
+        report_zones = reset_all_zones = close_zone = finish_zone = reset_zone = open_zone
+
+    async def use(plain: Zones) -> None:
+        disk: Any = Threaded(plain)
+        waiting = [disk.write(0, sectors(1)), disk.write(1, sectors(1)), disk.append(0, sectors(1))]
+        waiting += [getattr(disk, f"{name}_zone")(0) for name in ("open", "close", "finish", "reset")]
+        tasks = [asyncio.ensure_future(each) for each in waiting]
+        await asyncio.sleep(0)
+        await disk.write(8, sectors(1))
+        await disk.read(0, sectors(1))
+        seen = [call[:2] for call in plain.calls]
+        allowed.set()
+        await asyncio.gather(*tasks)
+        if model is ZoneModel.HOST_MANAGED:
+            assert seen == [("write", 0), ("write", 8), ("read", 0)]
+            assert plain.calls[3:] == [("write", 1), ("append", 0), *[("zone", 0)] * 4]
+        else:
+            assert ("write", 1) in seen
+
+    asyncio.run(use(Zones()))
 
 
 def test_a_plain_disk_that_hangs_does_not_keep_the_process_alive() -> None:
