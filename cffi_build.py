@@ -23,9 +23,9 @@ CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-fvisibility=
 
 SYSTEM = (Path("/usr/local"), Path("/usr"))
 
-CORE_SOURCES = ["memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c", "driver.c", "driver_packed.c"]
-CORE_HEADERS = ["core.h", "driver.h"]
-CORE_DECLARATIONS = ["core.cdef", "driver.cdef"]
+CORE_SOURCES = ["memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c", "driver.c", "driver_packed.c", "engine.c"]
+CORE_HEADERS = ["core.h", "driver.h", "engine.h"]
+CORE_DECLARATIONS = ["core.cdef", "driver.cdef", "engine.cdef"]
 VFU_SOURCES = ["vfu.c"]
 VFU_HEADERS = ["vfu.h"]
 VFU_DECLARATIONS = ["vfu.cdef"]
@@ -55,6 +55,12 @@ def _json_c(near: Path) -> str:
     """libvfio-user needs json-c; a static one beside it wins, then the system's static one, then its shared one."""
     static = _find(near, "libjson-c.a") or next(iter(sorted(Path("/usr/lib").glob("*/libjson-c.a"))), None)
     return str(static) if static else "-ljson-c"
+
+
+def _liburing() -> str:
+    """The static library where there is one, so that an installed wheel runs without it."""
+    static = next(iter(sorted(Path("/usr/lib").glob("*/liburing.a"))), None)
+    return str(static) if static else "-luring"
 
 
 def _library_in(place: Path) -> Library | None:
@@ -110,7 +116,7 @@ def _compile(name: str, declarations: list[str], headers: list[str], sources: li
 def build() -> list[Path]:
     """Compile both extensions into the package; returns their files.  Raises: MissingLibrary."""
     library = find_libvfio_user()
-    core = _compile("_core", CORE_DECLARATIONS, CORE_HEADERS, CORE_SOURCES)
+    core = _compile("_core", CORE_DECLARATIONS, CORE_HEADERS, CORE_SOURCES, extra_link_args=[_liburing()])
     where = {"include_dirs": [str(library.include)], "extra_link_args": library.link}
     vfu = _compile("_vfu", VFU_DECLARATIONS, VFU_HEADERS, VFU_SOURCES, **where)
     return [core, vfu]

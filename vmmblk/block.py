@@ -44,11 +44,14 @@ __all__ = [
     "BlockInfo",
     "Buffers",
     "Lifetime",
+    "Native",
     "Operation",
+    "Substance",
     "SupportsDiscard",
     "SupportsFlush",
     "SupportsIdentify",
     "SupportsLifetime",
+    "SupportsNative",
     "SupportsResize",
     "SupportsSecureErase",
     "SupportsWriteZeroes",
@@ -306,6 +309,42 @@ class SupportsZones(Protocol):
 
         On return the data is persisted, as with ``write``.
         """
+
+
+class Substance(enum.Enum):
+    """What a disk is made of that the native engine knows."""
+
+    NOTHING = enum.auto()
+    """Reads give zeroes, writes vanish."""
+    MEMORY = enum.auto()
+    FILE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """What a disk is made of, for an engine that reads and writes that itself instead of calling the disk.
+
+    ``address`` is where MEMORY lies, and it stays there, up to the largest size; ``fileno`` is the open FILE, which
+    stays open.  Both are the disk's until ``disconnect``.  ``write_failed`` is called with each error of a write that
+    the engine made, in the thread of the event loop.
+    """
+
+    substance: Substance
+    address: int = 0
+    fileno: int = -1
+    direct: bool = False
+    """FILE: opened with O_DIRECT."""
+    in_memory: bool = False
+    """FILE: reads and writes never wait for a device (tmpfs)."""
+    write_failed: Callable[[OSError], None] | None = None
+
+
+@runtime_checkable
+class SupportsNative(Protocol):
+    """A disk whose sectors are those of memory or of a file, one by one."""
+
+    def native(self) -> Native | None:
+        """What it is made of; None if it must be called after all."""
 
 
 class Operation(enum.Flag):

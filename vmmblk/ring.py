@@ -18,6 +18,7 @@ Each chain is completed exactly once.  One thread, the queue's own, pops and com
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING
 from vmmblk._core import ffi, lib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
     from vmmblk.memory import Core
 
@@ -77,6 +79,8 @@ class Chain:
     views_out: list[memoryview]
     addresses: int
     """All the views' host addresses or-ed together: its low bits tell how well they are aligned."""
+    error: int = 0
+    """errno of the native engine's transfer, if it made one that failed."""
 
     @property
     def answerable(self) -> bool:
@@ -95,7 +99,10 @@ class Chain:
 
 
 class Queue:
-    """One virtqueue of a device.  ``kick_fd`` is the eventfd that its doorbell writes."""
+    """One virtqueue of a device.  ``kick_fd`` is the eventfd that its doorbell writes.
+
+    Once it is ``served_by`` an engine, ``pop`` gives only what that hands over.
+    """
 
     BATCH = 64
 
@@ -105,13 +112,24 @@ class Queue:
         """How often the queue was started: tells its lives apart."""
         self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._core = core
-        self._handle = core.queue_handle(index, self.kick_fd)
+        self.ready_fd = self.kick_fd
+        """What tells that there may be something to pop: the doorbell, or the engine that heard it."""
+        self.handle = core.queue_handle(index, self.kick_fd)
+        """The queue in C."""
+        self._take: Callable[[Any, int], int] = functools.partial(lib.vmm_queue_pop, self.handle)
         self._chains = ffi.new("struct vmm_chain[]", self.BATCH)
         self._done = ffi.new("struct vmm_completion[]", self.BATCH)
 
     def close(self) -> None:
         """Close the doorbell.  The queue must be stopped and its thread gone."""
         os.close(self.kick_fd)
+        if self.ready_fd != self.kick_fd:
+            os.close(self.ready_fd)
+
+    def served_by(self, take: Callable[[Any, int], int], ready_fd: int) -> None:
+        """Pop with ``take``, a function of C as vmm_queue_pop, when the eventfd ``ready_fd`` tells; it is ours now."""
+        self._take = take
+        self.ready_fd = ready_fd
 
     def start(
         self,
@@ -137,33 +155,33 @@ class Queue:
         config = ffi.new(
             "struct vmm_queue_config *", (size, vector, desc, driver, device, event_idx, indirect, packed, in_order)
         )
-        error = lib.vmm_queue_start(self._handle, config)
+        error = lib.vmm_queue_start(self.handle, config)
         if error:
             raise OSError(-error, f"queue {self.index}: {os.strerror(-error)}")
         self.starts += 1
 
     def stop(self) -> None:
         """Touch the ring no more.  What was in flight must have been drained or orphaned."""
-        lib.vmm_queue_stop(self._handle)
+        lib.vmm_queue_stop(self.handle)
 
     def pause(self, reason: int) -> int:
         """Stop popping for a reason (:class:`~vmmblk.memory.Pause`); returns how many requests are in flight."""
-        busy: int = lib.vmm_queue_pause(self._handle, reason)
+        busy: int = lib.vmm_queue_pause(self.handle, reason)
         return busy
 
     def resume(self, reason: int) -> None:
         """Take a reason back; the queue is kicked if it may pop again."""
-        lib.vmm_queue_resume(self._handle, reason)
+        lib.vmm_queue_resume(self.handle, reason)
 
     @property
     def busy(self) -> int:
         """Requests in flight that are no orphans."""
-        busy: int = lib.vmm_queue_busy(self._handle)
+        busy: int = lib.vmm_queue_busy(self.handle)
         return busy
 
     def set_vector(self, vector: int) -> None:
         """queue_msix_vector."""
-        lib.vmm_queue_set_vector(self._handle, vector)
+        lib.vmm_queue_set_vector(self.handle, vector)
 
     def kick(self) -> None:
         """Have the queue looked at."""
@@ -172,14 +190,14 @@ class Queue:
     def clear_kick(self) -> bool:
         """The kick was heard.  True if the driver's doorbell was among what kicked: one adds 2^32 to the eventfd."""
         try:
-            return os.eventfd_read(self.kick_fd) >= 1 << 32
+            return os.eventfd_read(self.ready_fd) >= 1 << 32
         except BlockingIOError:
             return False
 
     @property
     def looks_unshared(self) -> bool:
         """A doorbell came, but the ring reads as if it had never been touched: the guest does not share its memory."""
-        unshared: bool = lib.vmm_queue_looks_unshared(self._handle)
+        unshared: bool = lib.vmm_queue_looks_unshared(self.handle)
         return unshared
 
     def pop(self) -> list[Chain]:
@@ -187,7 +205,7 @@ class Queue:
 
         Raises: CorruptRing, UnreachableRing, LostMemory; they stay until the queue is stopped.
         """
-        n = lib.vmm_queue_pop(self._handle, self._chains, self.BATCH)
+        n = self._take(self._chains, self.BATCH)
         if n < 0:
             raise _FAILURES[n](f"queue {self.index}")
         return [self._chain(self._chains[i]) for i in range(n)]
@@ -216,6 +234,7 @@ class Queue:
             views_in,
             views_out,
             addresses,
+            c.error,
         )
 
     def complete(self, done: Iterable[tuple[int, int, int]]) -> None:
@@ -226,7 +245,7 @@ class Queue:
             entry.token, entry.status, entry.written = token, status, written
             n += 1
             if n == self.BATCH:
-                lib.vmm_queue_complete(self._handle, self._done, n)
+                lib.vmm_queue_complete(self.handle, self._done, n)
                 n = 0
         if n:
-            lib.vmm_queue_complete(self._handle, self._done, n)
+            lib.vmm_queue_complete(self.handle, self._done, n)

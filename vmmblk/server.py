@@ -41,6 +41,7 @@ from vmmblk.device import (
     WriteCacheChanged,
     configure,
 )
+from vmmblk.engine import Engine, EngineOptions, native
 from vmmblk.errors import ConfigError
 from vmmblk.memory import Core, Pause, Region
 from vmmblk.pci import (
@@ -98,6 +99,9 @@ class ServerOptions:
     queue_size: int = 256
     cache: Literal["writeback", "writethrough"] = "writeback"
     features: Mapping[str, bool] = field(default_factory=dict)
+    engine: Literal["auto", "native", "python"] = "auto"
+    """Whether reads and writes of a disk that is memory or a file are served in C (auto: if it is)."""
+    io: EngineOptions = field(default_factory=EngineOptions)
 
 
 class Server:
@@ -128,7 +132,8 @@ class Server:
         self._queues = [Queue(self._core, index) for index in range(self._config.queues)]
         self._device = Device(self._config)
         self._pci = PciFunction(self._device, self._core)
-        self._worker = Worker(block, self._queues, _serial(block, options), self)
+        self._engine = self._choose_engine(options)
+        self._worker = Worker(block, self._queues, _serial(block, options), self, self._engine)
         self._transport: Transport | None = None
         self._pinned = block.pins_memory and not block.bounce
         self._budget = DrainBudget(PINNED_DRAIN_LIMIT if self._pinned else DRAIN_LIMIT)
@@ -204,6 +209,14 @@ class Server:
         """What ended the server before its time, if anything did."""
         return self._worker.failed or (self._transport.failed if self._transport else None)
 
+    def _choose_engine(self, options: ServerOptions) -> Engine | None:
+        made_of = None if options.engine == "python" else native(self._block)
+        if made_of is None:
+            if options.engine == "native":
+                raise ConfigError("this disk cannot be served by the native engine: leave --engine out")
+            return None
+        return Engine(self._block, made_of, self._queues, self._config.queue_size, options.io)
+
     def _serve(self, transport: Transport) -> None:
         self._core.irq_sink(*transport.trigger)
         for queue in self._queues:
@@ -228,6 +241,8 @@ class Server:
         if self._closed:
             return
         self._closed = True
+        if self._engine is not None:
+            self._engine.close()
         for queue in self._queues:
             queue.stop()
             queue.close()
@@ -341,6 +356,7 @@ class Server:
         transport = self._transport
         if transport is not None:
             sectors = self._block.info.size_bytes // SECTOR_SIZE
+            self._worker.grown()
             transport.call(lambda: self._apply(self._device.set_capacity(sectors)))
 
     # -- effects of register writes

@@ -16,7 +16,9 @@ import contextlib
 import dataclasses
 import logging
 import mmap
+import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,6 +70,8 @@ from vmmblk.spec import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
+
+    from vmmblk.engine import Engine
 
 __all__ = ["Supervisor", "Worker"]
 
@@ -123,11 +127,15 @@ class InOrder:
 class Worker:
     """Serves ``queues`` from ``block``, which must be asynchronous and checked (``filters.prepare``).
 
-    ``serial`` is what GET_ID answers: ASCII, at most 20 characters.
+    With an ``engine`` for these queues it serves what that hands over, and starts and stops it.  ``serial`` is what
+    GET_ID answers: ASCII, at most 20 characters.
     """
 
-    def __init__(self, block: Block, queues: Sequence[Queue], serial: str, supervisor: Supervisor) -> None:
+    def __init__(
+        self, block: Block, queues: Sequence[Queue], serial: str, supervisor: Supervisor, engine: Engine | None = None
+    ) -> None:
         self._block = block
+        self._engine = engine
         self._queues = queues
         self._serial = serial.encode("ascii")[:BLK_ID_BYTES].ljust(BLK_ID_BYTES, b"\0")
         self._supervisor = supervisor
@@ -158,10 +166,19 @@ class Worker:
         """Begin to serve."""
         self._loop = asyncio.new_event_loop()
         self._thread.start()
+        if self._engine is not None:
+            self._engine.start()
 
     def configure(self, limits: Limits) -> None:
         """What requests are held against from now on.  From any thread, before the queues start."""
         self._limits = limits
+        if self._engine is not None:  # it completes what it serves at once, whatever else is under way
+            self._engine.enable(not limits.features & Feature.IN_ORDER.mask)
+
+    def grown(self) -> None:
+        """The block has become bigger.  From any thread."""
+        if self._engine is not None:
+            self._engine.resize(self._block.info.size_bytes)
 
     def set_write_cache(self, on: bool) -> None:
         """Whether completed writes may be volatile until the next flush.  From any thread.
@@ -173,16 +190,23 @@ class Worker:
             with contextlib.suppress(RuntimeError):  # the worker has ended, and flushed
                 self._loop.call_soon_threadsafe(self._flush_soon)
         self._write_cache = on
+        if self._engine is not None:
+            self._engine.set_write_cache(on and self._flushable is not None)
 
     def stop(self, timeout: float) -> bool:
         """Wait for what is in flight, flush, disconnect the block, end the thread.
 
         The queues must have been paused.  False if that has not happened within ``timeout`` seconds.
         """
+        until = time.monotonic() + timeout
+        if self._engine is not None:  # first: what it hands over is still answered
+            self._engine.stop()
+            if not self._engine.join(timeout):
+                return False
         if self._thread.is_alive():
             with contextlib.suppress(RuntimeError):  # the loop has just ended by itself
                 self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(timeout)
+            self._thread.join(max(until - time.monotonic(), 0.0))
         return not self._thread.is_alive()
 
     # -- the thread
@@ -199,10 +223,11 @@ class Worker:
 
     async def _main(self) -> None:
         for queue in self._queues:
-            self._loop.add_reader(queue.kick_fd, self._kicked, queue)
+            self._loop.add_reader(queue.ready_fd, self._kicked, queue)
         await self._stop.wait()
         for queue in self._queues:
-            self._loop.remove_reader(queue.kick_fd)
+            self._loop.remove_reader(queue.ready_fd)
+            self._serve(queue)  # what an engine has handed over meanwhile
         while self._tasks:
             await asyncio.wait(self._tasks)
         await asyncio.sleep(0)  # completions of the last tasks are sent in a turn of their own
@@ -294,6 +319,8 @@ class Worker:
                 self._supervisor.memory_not_shared()
             raise BadRequest(Status.IOERR, "part of the request lies outside the guest memory that can be reached")
         request = parse(chain.header, chain.readable, chain.writable, self._limits)
+        if chain.error:
+            raise self._engine_failed(chain.error, write=isinstance(request, Write))
         if isinstance(request, Read):
             await self._transfer(self._block.read, request.sector, chain.views_out, chain, fill=True)
             return Status.OK, request.length
@@ -303,6 +330,12 @@ class Worker:
             await self._transfer(write, request.sector, chain.views_in, chain, fill=False)
             return Status.OK, 0
         return await self._answer_rare(request, chain)
+
+    def _engine_failed(self, number: int, *, write: bool) -> OSError:
+        error = OSError(number, os.strerror(number))
+        if write and self._engine is not None:
+            self._engine.write_failed(error)
+        return error
 
     async def _answer_rare(self, request: Request, chain: Chain) -> Outcome:
         if isinstance(request, Flush):

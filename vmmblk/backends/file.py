@@ -19,7 +19,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING
 
-from vmmblk.block import Block, BlockInfo, Buffers, Operation, Topology, total_bytes
+from vmmblk.block import Block, BlockInfo, Buffers, Native, Operation, Substance, Topology, total_bytes
 from vmmblk.errors import ConfigError, Unknown
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ _STATX_DIOALIGN = 0x2000
 _DIO_ALIGN = struct.Struct("=I148xII")
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock, 64-bit: type, whence, start, len (0: to the end), pid
+
+# linux/magic.h: tmpfs, ramfs
+_IN_MEMORY = {0x01021994, 0x858458F6}
 
 _DIRECT_ALIGNMENT = 4096  # bytes; enough for every device where the kernel does not say
 
@@ -104,6 +107,18 @@ class File(Block):
         """The open file; it stays this disk's."""
         return self._fd
 
+    def native(self) -> Native | None:
+        """The open file; a subclass must be called, and so must one that wants private copies of guest memory."""
+        if type(self) is not File or self.bounce:
+            return None
+        return Native(
+            Substance.FILE,
+            fileno=self._fd,
+            direct=self._direct,
+            in_memory=_file_system(self._fd) in _IN_MEMORY,
+            write_failed=self._write_failed,
+        )
+
     def read(self, sector_start: int, buffers: Buffers) -> None:
         """Fill the buffers with preadv."""
         self._transfer(os.preadv, sector_start, buffers)
@@ -113,9 +128,7 @@ class File(Block):
         try:
             self._transfer(os.pwritev, sector_start, buffers, os.RWF_DSYNC)
         except OSError as exc:
-            # it may have told of pages that write_cached left, and tells only once
-            if exc.errno == errno.EIO and not self._direct:
-                self._lost = exc
+            self._write_failed(exc)
             raise
 
     def write_cached(self, sector_start: int, buffers: Buffers) -> None:
@@ -160,6 +173,11 @@ class File(Block):
         finally:
             os.close(self._fd)
 
+    def _write_failed(self, error: OSError) -> None:
+        # it may have told of pages that write_cached left, and tells only once
+        if error.errno == errno.EIO and not self._direct:
+            self._lost = error
+
     def _range(self, sector_start: int, sectors: int) -> tuple[int, int]:
         return sector_start * self.info.sector_size, sectors * self.info.sector_size
 
@@ -182,6 +200,12 @@ class File(Block):
             for done in range(0, length, chunk):
                 with view[: length - done] as part:
                     self._transfer(os.pwritev, sector_start + done // self.info.sector_size, [part])
+
+
+def _file_system(fd: int) -> int:
+    """The number by which Linux knows a kind of file system."""
+    answer = ctypes.create_string_buffer(256)  # struct statfs begins with f_type, a long
+    return 0 if _libc().fstatfs(fd, answer) else ctypes.c_long.from_buffer(answer).value
 
 
 def _erases_securely(fd: int) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from typing import TYPE_CHECKING
 
-from vmmblk.block import Block, BlockInfo, Buffers, Topology
+from vmmblk.block import Block, BlockInfo, Buffers, Native, Substance, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +67,12 @@ class Memory(Block):
     async def secure_erase(self, sector_start: int, sectors: int) -> None:
         """Zero: memory keeps no other copy."""
         self._zero(sector_start * self._sector_size, (sector_start + sectors) * self._sector_size)
+
+    def native(self) -> Native | None:
+        """The memory; a subclass must be called."""
+        if type(self) is not Memory:
+            return None
+        return Native(Substance.MEMORY, address=ctypes.addressof(ctypes.c_char.from_buffer(self._map)))
 
     def on_resize(self, changed: Callable[[], None]) -> None:
         """Have ``changed`` called after each :meth:`grow`."""

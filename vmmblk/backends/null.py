@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmmblk.block import Block, BlockInfo, Buffers
+from vmmblk.block import Block, BlockInfo, Buffers, Native, Substance
 
 __all__ = ["Null"]
 
@@ -20,6 +20,10 @@ class Null(Block):
 
     async def write(self, sector_start: int, buffers: Buffers) -> None:
         """Do nothing."""
+
+    def native(self) -> Native | None:
+        """Nothing; a subclass must be called."""
+        return Native(Substance.NOTHING) if type(self) is Null else None
 
     async def discard(self, sector_start: int, sectors: int) -> None:
         """Do nothing."""

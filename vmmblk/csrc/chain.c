@@ -58,7 +58,9 @@ static bool add_piece(struct walk *w, const struct vmm_region *r, uint64_t offse
 		unreachable(w, NULL);
 		return false;
 	}
-	s->segs[s->nr_segs++] = (struct vmm_seg){ .alias = r->alias, .len = len, .offset = offset };
+	s->segs[s->nr_segs++] = (struct vmm_seg){
+		.alias = r->alias, .len = len, .offset = offset, .host = r->addr + offset,
+	};
 	return true;
 }
 

@@ -27,11 +27,15 @@
 #define VMM_HEADER_SIZE 16
 #define VMM_NO_VECTOR 0xffffu
 
-/* A piece of a request's data: where it lies in one alias (a host mapping of a guest region). */
+/*
+ * A piece of a request's data: where it lies in one alias (a host mapping of a guest region), and its host address,
+ * which is good until the chain is completed.
+ */
 struct vmm_seg {
 	uint32_t alias;
 	uint32_t len;
 	uint64_t offset;
+	uint8_t *host;
 };
 
 enum {
@@ -44,6 +48,7 @@ enum {
 struct vmm_chain {
 	uint32_t token;
 	uint32_t flags;
+	uint32_t error;			/* errno of the engine that tried to serve it, 0 if none did or none failed */
 	uint32_t header_len;
 	uint8_t header[VMM_HEADER_SIZE];
 	uint32_t readable_segs;
@@ -201,8 +206,10 @@ uint32_t vmm_queue_busy_locked(const struct vmm_queue *q);
 int vmm_queue_start(struct vmm_queue *q, const struct vmm_queue_config *config);
 void vmm_queue_stop(struct vmm_queue *q);
 int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max);
+int vmm_queue_poll(struct vmm_queue *q, struct vmm_chain *out, int max);
 int vmm_queue_complete(struct vmm_queue *q, const struct vmm_completion *done, int n);
 bool vmm_queue_looks_unshared(struct vmm_queue *q);
+uint32_t vmm_queue_epoch(struct vmm_queue *q);
 void vmm_queue_set_vector(struct vmm_queue *q, uint32_t vector);
 uint32_t vmm_queue_pause(struct vmm_queue *q, uint32_t reason);
 void vmm_queue_resume(struct vmm_queue *q, uint32_t reason);

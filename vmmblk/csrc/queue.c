@@ -388,11 +388,11 @@ static int corrupt(struct vmm_queue *q, int n)
 	return n;
 }
 
-static int pop_available(struct vmm_queue *q, struct vmm_chain *out, int max)
+static int pop_available(struct vmm_queue *q, struct vmm_chain *out, int max, bool arm)
 {
 	int n = 0, waiting;
 
-	while ((waiting = q->format->available(q)) || (waiting = arm_kicks(q))) {
+	while ((waiting = q->format->available(q)) || (arm && (waiting = arm_kicks(q)))) {
 		if (waiting > 0 && (n == max || !may_take(q))) {
 			q->starved = !may_take(q);
 			return n;
@@ -404,12 +404,7 @@ static int pop_available(struct vmm_queue *q, struct vmm_chain *out, int max)
 	return n;
 }
 
-/*
- * Pop up to max chains.  0: none, and a doorbell will come; max: there may be more.  -EPROTO: the ring is corrupt,
- * -EFAULT: it lies in memory without a file descriptor, -EIO: guest memory is gone; they stay until the queue is
- * stopped.  A queue whose areas are not mapped at the moment is parked: 0, and it is looked at again after the next map.
- */
-int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
+static int pop(struct vmm_queue *q, struct vmm_chain *out, int max, bool arm)
 {
 	bool interrupt = false;
 	int n = 0;
@@ -431,7 +426,7 @@ int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
 	if (q->broken)
 		n = q->broken;
 	else if (!held_back(q))
-		n = pop_available(q, out, max);
+		n = pop_available(q, out, max, arm);
 	if (n <= 0 && memory_lost(q))
 		n = q->broken = -EIO;
 out:
@@ -439,6 +434,22 @@ out:
 	if (interrupt)
 		send_interrupt(q);
 	return n;
+}
+
+/*
+ * Pop up to max chains.  0: none, and a doorbell will come; max: there may be more.  -EPROTO: the ring is corrupt,
+ * -EFAULT: it lies in memory without a file descriptor, -EIO: guest memory is gone; they stay until the queue is
+ * stopped.  A queue whose areas are not mapped at the moment is parked: 0, and it is looked at again after the next map.
+ */
+int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
+{
+	return pop(q, out, max, true);
+}
+
+/* The same for whoever looks again by himself: no doorbell is asked for. */
+int vmm_queue_poll(struct vmm_queue *q, struct vmm_chain *out, int max)
+{
+	return pop(q, out, max, false);
 }
 
 /*
@@ -454,6 +465,15 @@ bool vmm_queue_looks_unshared(struct vmm_queue *q)
 		suspicious = q->format->untouched(q);
 	pthread_mutex_unlock(&q->lock);
 	return suspicious;
+}
+
+/* Which life of the queue this is: they are counted by starts. */
+uint32_t vmm_queue_epoch(struct vmm_queue *q)
+{
+	pthread_mutex_lock(&q->lock);
+	uint32_t epoch = q->epoch;
+	pthread_mutex_unlock(&q->lock);
+	return epoch;
 }
 
 /* ---- life ------------------------------------------------------------------------------------------------------- */

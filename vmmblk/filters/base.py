@@ -10,7 +10,19 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from vmmblk.block import Block, BlockInfo, Buffers, Lifetime, Operation, Topology, Zone, Zoning, operations
+from vmmblk.block import (
+    Block,
+    BlockInfo,
+    Buffers,
+    Lifetime,
+    Native,
+    Operation,
+    SupportsNative,
+    Topology,
+    Zone,
+    Zoning,
+    operations,
+)
 from vmmblk.errors import Unimplemented
 
 if TYPE_CHECKING:
@@ -151,6 +163,13 @@ class Filter(Block):
     def identify(self) -> str:
         """The serial of the block below.  Raises: Unimplemented."""
         return str(self._method("identify")())
+
+    def native(self) -> Native | None:
+        """None: what changes a disk must be called.  A filter that changes no read or write gives the disk's own."""
+        return None
+
+    def _native_below(self) -> Native | None:
+        return self.block.native() if isinstance(self.block, SupportsNative) else None
 
     def on_resize(self, changed: Callable[[], None]) -> None:
         """Have ``changed`` called when the block below grows.  Raises: Unimplemented."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from vmmblk.block import Block, Buffers, Lifetime, Operation, Zone, total_bytes
+from vmmblk.block import Block, Buffers, Lifetime, Native, Operation, Zone, total_bytes
 from vmmblk.errors import BlockError, Disconnected, IsReadOnly, Unimplemented, Unknown, ZoneInvalidCommand
 from vmmblk.filters.base import Filter
 from vmmblk.filters.threaded import asynchronous
@@ -89,6 +89,10 @@ class Checked(Filter):
         if not 0 <= sector_start * self._sector_size <= self._size - length:
             return _fail(self._outside(sector_start, length // self._sector_size))
         return write(sector_start, buffers) if length else _done()
+
+    def native(self) -> Native | None:
+        """That of the disk: an engine checks what is checked here."""
+        return self._native_below()
 
     async def flush(self) -> None:
         """Check, then ``flush``."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmmblk.block import BlockInfo, Buffers, Operation, Zone
+from vmmblk.block import BlockInfo, Buffers, Native, Operation, Zone
 from vmmblk.errors import IsReadOnly
 from vmmblk.filters.base import Filter
 
@@ -43,6 +43,10 @@ class ReadOnly(Filter):
     async def write_cached(self, sector_start: int, buffers: Buffers) -> None:
         """Refuse.  Raises: IsReadOnly."""
         raise _refusal()
+
+    def native(self) -> Native | None:
+        """That of the block below: an engine is told not to write it, in ``info``."""
+        return self._native_below()
 
     async def discard(self, sector_start: int, sectors: int) -> None:
         """Refuse.  Raises: IsReadOnly."""

@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from vmmblk.block import Block, Operation, SupportsZones, ZoneModel, operations
+from vmmblk.block import Block, Native, Operation, SupportsZones, ZoneModel, operations
 from vmmblk.filters.base import OFFSET_METHODS, Filter
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ class Threaded(Filter):
     async def write_cached(self, sector_start: int, buffers: Buffers) -> None:
         """``write_cached`` in a thread."""
         await self._run_in_turn("write_cached", sector_start, buffers)
+
+    def native(self) -> Native | None:
+        """That of the disk."""
+        return self._native_below()
 
     async def flush(self) -> None:
         """``flush`` in a thread."""
