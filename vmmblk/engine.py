@@ -7,6 +7,7 @@ to the worker, as do requests that fail, so both ways give the same answers.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vmmblk.ring import Queue
 
 __all__ = ["Engine", "EngineOptions", "native"]
+
+log = logging.getLogger("vmmblk.engine")
 
 _POLL_ALWAYS = (1 << 64) - 1
 
@@ -96,13 +99,19 @@ class Engine:
         self.resize(block.info.size_bytes)
 
     @property
-    def uring_error(self) -> str:
-        """Why there is no io_uring, so that what would wait goes through threads; empty if there is."""
+    def waits(self) -> str:
+        """What becomes of what would wait: "io_uring", or why it goes through threads; empty if nothing waits."""
+        if self._made_of.substance is not Substance.FILE:
+            return ""
+        if not self._options.uring:
+            return "threads"
         error = lib.vmm_engine_uring_error(self._handle)
-        return os.strerror(error) if error else ""
+        return f"threads (no io_uring: {os.strerror(error)})" if error else "io_uring"
 
     def start(self) -> None:
         """Begin to serve.  Raises: OSError."""
+        if self.waits.startswith("threads ("):
+            log.warning("%s; allow io_uring (kernel.io_uring_disabled, seccomp) for speed", self.waits)
         error = lib.vmm_engine_start(self._handle, list(self._options.cpus), len(self._options.cpus))
         if error:
             raise OSError(-error, f"the engine's threads cannot start: {os.strerror(-error)}")

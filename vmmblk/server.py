@@ -217,6 +217,13 @@ class Server:
             return None
         return Engine(self._block, made_of, self._queues, self._config.queue_size, options.io)
 
+    @property
+    def engine(self) -> str:
+        """Who serves reads and writes, in words."""
+        if self._engine is None:
+            return "python"
+        return f"native{', ' if self._engine.waits else ''}{self._engine.waits}"
+
     def _serve(self, transport: Transport) -> None:
         self._core.irq_sink(*transport.trigger)
         for queue in self._queues:

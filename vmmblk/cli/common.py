@@ -32,6 +32,8 @@ POLL_SECONDS = 0.5
 """How soon a server that failed is noticed."""
 
 _DEFAULT_QUEUES_MAX = 4
+_POLL_MAX_US = 1_000_000
+_CPUS_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,10 @@ class DiskOptions:
     queues: int | None
     queue_size: int
     features: dict[str, bool]
+    engine: Literal["auto", "native", "python"]
+    poll_us: int | None | Literal["auto"]
+    io_threads: int
+    cpus: tuple[int, ...]
     cache: Literal["writeback", "writethrough"]
     no_lock: bool
     filters: tuple[str, ...]
@@ -55,6 +61,7 @@ class DiskOptions:
         """Open the disk and make a server for it, not started yet.  Raises: ConfigError."""
         logging.basicConfig(format="vmmblk: %(levelname)s: %(message)s", level=self.log_level.upper())
         from vmmblk.config import open_disk
+        from vmmblk.engine import EngineOptions
         from vmmblk.server import Server, ServerOptions
 
         block = open_disk(
@@ -65,12 +72,21 @@ class DiskOptions:
             lock=not self.no_lock,
             filters=self.filters,
         )
+        adaptive = self.poll_us == "auto"
+        io = EngineOptions(
+            poll_us=EngineOptions().poll_us if self.poll_us == "auto" else self.poll_us,
+            adaptive=adaptive,
+            threads=self.io_threads,
+            cpus=self.cpus,
+        )
         options = ServerOptions(
             serial=self.serial,
             queues=self.queues or self._default_queues(),
             queue_size=self.queue_size,
             cache=self.cache,
             features=self.features,
+            engine=self.engine,
+            io=io,
         )
         return Server(socket_path, block, options)
 
@@ -90,6 +106,28 @@ def disk_options(command: Command) -> Command:
             help=f"Request queues (one for each CPU, {_DEFAULT_QUEUES_MAX} at most).",
         ),
         click.option("--queue-size", default=256, callback=_queue_size, help="Requests in the ring; a power of two."),
+        click.option(
+            "--engine",
+            type=click.Choice(["auto", "native", "python"]),
+            default="auto",
+            help="Serve reads and writes in C (native), if the disk is a file or memory, or call the disk (python).",
+        ),
+        click.option(
+            "--poll-us",
+            default="auto",
+            metavar="auto|busy|N",
+            callback=_poll,
+            help="Microseconds that the native engine looks for more before it sleeps; busy: for ever.",
+        ),
+        click.option(
+            "--io-threads",
+            type=click.IntRange(1, QUEUES_MAX),
+            default=QUEUES_MAX,
+            help="Threads of the native engine (one for each queue).",
+        ),
+        click.option(
+            "--cpus", default="", metavar="LIST", callback=_cpus, help="Processors for those threads, as in 0,2-3."
+        ),
         click.option(
             "--cache",
             type=click.Choice(["writeback", "writethrough"]),
@@ -140,6 +178,28 @@ def _queue_size(_context: click.Context, _parameter: click.Parameter, value: int
     if not 4 <= value <= QUEUE_SIZE_MAX or value & (value - 1):
         raise click.BadParameter(f"use a power of two from 4 to {QUEUE_SIZE_MAX}")
     return value
+
+
+def _poll(_context: click.Context, _parameter: click.Parameter, value: str) -> int | str | None:
+    if value == "auto":
+        return value
+    if value == "busy":
+        return None
+    if not value.isascii() or not value.isdecimal() or int(value) > _POLL_MAX_US:
+        raise click.BadParameter(f"use auto, busy, or microseconds up to {_POLL_MAX_US}")
+    return int(value)
+
+
+def _cpus(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    found: list[int] = []
+    for each in value.split(",") if value else ():
+        first, _, last = each.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) < _CPUS_MAX):
+            raise click.BadParameter(f"{each!r} is no processor; write a list as in 0,2-3")
+        found.extend(range(int(first), int(last or first) + 1))
+    if missing := [cpu for cpu in found if cpu not in os.sched_getaffinity(0)]:
+        raise click.BadParameter(f"processor {missing[0]} is not there, or not for this process")
+    return tuple(found)
 
 
 def _features(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, bool]:

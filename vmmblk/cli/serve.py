@@ -32,6 +32,7 @@ def serve(socket_path: Path, disk: str, parameters: tuple[str, ...], **options: 
         server = settings.server(socket_path, disk, parameters)
         server.start()
         click.echo(_invitation(socket_path.absolute(), settings.bootindex))
+        click.echo(f"engine: {server.engine}")
         status = _wait(server, signals)
         stopped = stop(server, settings.stop_timeout)
     return leave(status, stopped=stopped)
