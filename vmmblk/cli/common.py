@@ -47,7 +47,7 @@ class DiskOptions:
     queue_size: int
     features: dict[str, bool]
     engine: Literal["auto", "native", "python"]
-    poll_us: int | None | Literal["auto"]
+    poll_us: int | Literal["auto"] | None
     io_threads: int
     cpus: tuple[int, ...]
     cache: Literal["writeback", "writethrough"]
