@@ -14,6 +14,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import mmap
 import os
@@ -55,10 +56,11 @@ from vmmblk.request import (
     parse,
     parse_ranges,
 )
-from vmmblk.ring import Chain, Queue, RingFailure
+from vmmblk.ring import Chain, Queue, RingFailure, Taken
 from vmmblk.spec import (
     BLK_ID_BYTES,
     LIFETIME,
+    REQUEST_HEADER,
     SECTOR_SIZE,
     ZONE_APPEND_SECTOR,
     ZONE_DESCRIPTOR,
@@ -70,8 +72,11 @@ from vmmblk.spec import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from typing import Any
 
     from vmmblk.engine import Engine
+
+from vmmblk.tasks import Starter
 
 __all__ = ["Supervisor", "Worker"]
 
@@ -81,9 +86,11 @@ _BOUNCE_CHUNK = 1 << 20  # bytes of a bounced request that are in private memory
 _BOUNCES = 32  # requests that bounce at a time
 _REPORT_ZONES = 16384  # zones told of in one request: 1 MiB
 
-# What only a bug in a disk lets out.  Nobody cancels a task here, so CancelledError is one as well, and a disk that
-# exits must not take the event loop with it.
-_BUGS = (Exception, asyncio.CancelledError, SystemExit)
+# What a call may end with.  All but the errors of the contract are bugs in a disk: nobody cancels a task here, so
+# CancelledError is one as well, and a disk that exits must not take the event loop with it.
+_FAILURES = (Exception, asyncio.CancelledError, SystemExit)
+
+_IN, _OUT = int(RequestType.IN), int(RequestType.OUT)
 
 Outcome = tuple[Status, int]
 """Status, and how many leading bytes of the device-writable data were written."""
@@ -150,7 +157,8 @@ class Worker:
         self._limits = Limits(0)
         self._done: dict[int, list[Completion]] = {queue.index: [] for queue in queues}
         self._in_order = {queue.index: InOrder() for queue in queues}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._batching = False
+        self._starter: Starter
         self._bug_log = LogBudget()
         self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
@@ -165,6 +173,7 @@ class Worker:
     def start(self) -> None:
         """Begin to serve."""
         self._loop = asyncio.new_event_loop()
+        self._starter = Starter(self._loop)
         self._thread.start()
         if self._engine is not None:
             self._engine.start()
@@ -228,8 +237,8 @@ class Worker:
         for queue in self._queues:
             self._loop.remove_reader(queue.ready_fd)
             self._serve(queue)  # what an engine has handed over meanwhile
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while self._starter.waiting:
+            await asyncio.wait(self._starter.waiting)
         await asyncio.sleep(0)  # completions of the last tasks are sent in a turn of their own
         await self._flush_quietly()
         await _attempt("disconnecting", self._block.disconnect)
@@ -237,7 +246,7 @@ class Worker:
     def _flush_soon(self) -> None:
         if not self._flushing:
             self._flushing = True
-            self._spawn(self._flush_while_due())
+            self._starter.spawn(self._flush_while_due())
 
     async def _flush_while_due(self) -> None:
         while self._flush_due:
@@ -249,11 +258,6 @@ class Worker:
         if self._flushable is not None:
             await _attempt("flushing", self._flushable.flush)
 
-    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     # -- a queue
 
     def _kicked(self, queue: Queue) -> None:
@@ -262,30 +266,73 @@ class Worker:
     def _serve(self, queue: Queue, *, doorbell: bool = False) -> None:
         start = queue.starts
         try:
-            chains = queue.pop()
+            batch = queue.take()
         except RingFailure as error:
             self._supervisor.ring_failed(queue, start, error)
             return
         if self._limits.features & Feature.IN_ORDER.mask:
-            for chain in chains:
-                self._in_order[queue.index].take(chain.token)
-        for chain in chains:
-            self._spawn(self._serve_chain(queue, chain))
-        if len(chains) == queue.BATCH:
+            for token, *_ in batch:
+                self._in_order[queue.index].take(token)
+        if batch:
+            self._serve_batch(queue, batch)
+        if len(batch) == queue.BATCH:
             self._loop.call_soon(self._serve, queue)
-        elif doorbell and not chains and queue.looks_unshared:
+        elif doorbell and not batch and queue.looks_unshared:
             self._supervisor.memory_not_shared()
+
+    def _serve_batch(self, queue: Queue, batch: list[Taken]) -> None:
+        """Begin with every request; those that end without having waited are completed together, at once."""
+        self._batching = True
+        with self._starter as starter:
+            for taken in batch:
+                starter.begin(self._plain_transfer(queue, taken) or self._serve_chain(queue, queue.chain(taken)))
+        self._batching = False
+        if self._done[queue.index]:
+            self._send(queue)
+
+    def _plain_transfer(self, queue: Queue, taken: Taken) -> Coroutine[Any, None, None] | None:
+        """The commonest request: a read or write of whole blocks, in one piece that suits the disk.  None if other."""
+        token, flags, error, size, kind, _, sector, outs, ins, readable, writable, _, alias, length, offset, host = (
+            taken
+        )
+        if flags or error or size != REQUEST_HEADER.size or self._bounces_all or self._zoned is not None:
+            return None
+        if (sector * SECTOR_SIZE | length) & self._length_mask or host & self._address_mask:
+            return None
+        position = sector // self._scale
+        if kind == _IN and not outs and ins == 1:
+            call = functools.partial(self._block.read, position, [queue.view(alias, offset, length, writable=True)])
+            return self._transfer_plainly(queue, token, call, writable)
+        if kind == _OUT and outs == 1 and not ins:
+            flushable = self._flushable if self._write_cache else None
+            write = self._block.write if flushable is None else flushable.write_cached
+            call = functools.partial(write, position, [queue.view(alias, offset, length, writable=False)])
+            return self._transfer_plainly(queue, token, call, 0)
+        return None
+
+    async def _transfer_plainly(
+        self, queue: Queue, token: int, call: Callable[[], Awaitable[None] | None], written: int
+    ) -> None:
+        status = Status.OK
+        try:
+            await _finished(call())
+        except _FAILURES as failure:
+            status, written = self._judge(failure), 0
+        self._complete(queue, token, status, written)
 
     async def _serve_chain(self, queue: Queue, chain: Chain) -> None:
         try:
             status, written = await self._answer(chain)
-        except (BadRequest, BlockError, OSError) as error:  # the guest or the disk: quiet
-            log.debug("a request failed: %s", error)
-            status, written = self._status_of(error), 0
-        except _BUGS as error:
-            self._report_bug(error)
-            status, written = status_of(error), 0
+        except _FAILURES as failure:
+            status, written = self._judge(failure), 0
         self._complete(queue, chain.token, status, written)
+
+    def _judge(self, failure: BaseException) -> Status:
+        if isinstance(failure, (BadRequest, BlockError, OSError)):  # the guest or the disk: quiet
+            log.debug("a request failed: %s", failure)
+            return self._status_of(failure)
+        self._report_bug(failure)
+        return status_of(failure)
 
     def _status_of(self, error: BaseException) -> Status:
         status = status_of(error)
@@ -301,7 +348,7 @@ class Worker:
         # what ends in one turn of the loop is sent together: one used index, one interrupt
         done = self._done[queue.index]
         ended = self._in_order[queue.index].end((token, status, written))
-        if ended and not done:
+        if ended and not done and not self._batching:
             self._loop.call_soon(self._send, queue)
         done += ended
 
@@ -484,7 +531,7 @@ async def _attempt(what: str, call: Callable[[], Awaitable[None] | None]) -> Non
         await _finished(call())
     except (BlockError, OSError) as error:
         log.error("%s the disk failed: %s", what, error)
-    except _BUGS as error:
+    except _FAILURES as error:
         log.error("%s the disk failed: it raised %s", what, type(error).__name__, exc_info=error)
 
 

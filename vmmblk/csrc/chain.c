@@ -157,6 +157,8 @@ void vmm_chain_finish(struct walk *w)
 	s->writable = c->writable;
 	c->writable_segs = s->nr_segs - c->readable_segs;
 	c->segs = s->segs;
+	if (s->nr_segs)
+		c->first = s->segs[0];
 }
 
 /* An element.  False: a readable one after a writable one. */

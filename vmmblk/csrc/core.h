@@ -44,7 +44,10 @@ enum {
 	VMM_CHAIN_NO_FD = 4,		/* ... because its memory came without a file descriptor */
 };
 
-/* A popped chain.  segs is the queue's and valid until the chain is completed; first the readable ones. */
+/*
+ * A popped chain.  segs is the queue's and valid until the chain is completed; first the readable ones.  Whoever knows
+ * a chain only by a copy of this finds the first of them here as well.
+ */
 struct vmm_chain {
 	uint32_t token;
 	uint32_t flags;
@@ -56,6 +59,7 @@ struct vmm_chain {
 	uint64_t readable;		/* bytes after the header */
 	uint64_t writable;		/* bytes before the status byte */
 	const struct vmm_seg *segs;
+	struct vmm_seg first;
 };
 
 struct vmm_completion {
