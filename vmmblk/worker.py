@@ -292,9 +292,7 @@ class Worker:
 
     def _plain_transfer(self, queue: Queue, taken: Taken) -> Coroutine[Any, None, None] | None:
         """The commonest request: a read or write of whole blocks, in one piece that suits the disk.  None if other."""
-        token, flags, error, size, kind, _, sector, outs, ins, readable, writable, _, alias, length, offset, host = (
-            taken
-        )
+        token, flags, error, size, kind, _, sector, outs, ins, _, writable, _, alias, length, offset, host = taken
         if flags or error or size != REQUEST_HEADER.size or self._bounces_all or self._zoned is not None:
             return None
         if (sector * SECTOR_SIZE | length) & self._length_mask or host & self._address_mask:
