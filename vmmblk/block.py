@@ -54,9 +54,11 @@ __all__ = [
     "SupportsNative",
     "SupportsResize",
     "SupportsSecureErase",
+    "SupportsSubmit",
     "SupportsWriteZeroes",
     "SupportsZones",
     "Topology",
+    "Transfer",
     "Zone",
     "ZoneModel",
     "ZoneState",
@@ -311,6 +313,33 @@ class SupportsZones(Protocol):
         """
 
 
+@dataclass(eq=False, slots=True)
+class Transfer:
+    """One read or write of a batch.
+
+    ``buffers`` are to be filled from ``sector_start`` on, or hold what is to be written there; they are the caller's,
+    as in ``read`` and ``write``.  ``cached``: a write need not be persisted before the next ``flush``.  Whoever carries
+    it out leaves what it failed with, if it did, in ``error``.
+    """
+
+    write: bool
+    cached: bool
+    sector_start: int
+    buffers: Buffers
+    error: BaseException | None = None
+
+
+@runtime_checkable
+class SupportsSubmit(Protocol):
+    """A disk that would rather be given many reads and writes at once: fewer calls, and more to choose from."""
+
+    def submit(self, batch: Sequence[Transfer]) -> Awaitable[None] | None:
+        """Carry out every transfer, in any order; on return each has ended, and ``error`` says which failed.
+
+        Other calls may be under way.  Raising fails all of them.
+        """
+
+
 class Substance(enum.Enum):
     """What a disk is made of that the native engine knows."""
 
@@ -358,6 +387,7 @@ class Operation(enum.Flag):
     SECURE_ERASE = enum.auto()
     LIFETIME = enum.auto()
     ZONES = enum.auto()
+    SUBMIT = enum.auto()
 
 
 _PROTOCOLS = {
@@ -369,6 +399,7 @@ _PROTOCOLS = {
     Operation.SECURE_ERASE: SupportsSecureErase,
     Operation.LIFETIME: SupportsLifetime,
     Operation.ZONES: SupportsZones,
+    Operation.SUBMIT: SupportsSubmit,
 }
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import logging
     from collections.abc import Callable
 
-__all__ = ["DrainBudget", "LogBudget"]
+__all__ = ["DrainBudget", "LogBudget", "Patience"]
 
 
 class LogBudget:
@@ -67,3 +67,26 @@ class DrainBudget:
         """It is over."""
         self._spent = min(self.limit, self._spent + now - self._began)
         self._ended = now
+
+
+class Patience:
+    """How long to look for more before sleeping: longer when something came soon after, less when it was in vain.
+
+    All in nanoseconds.  ``most`` bounds it; without ``adaptive`` it is that always.
+    """
+
+    _LEAST = 2_000
+
+    def __init__(self, most: int, *, adaptive: bool) -> None:
+        self.window = 0 if adaptive else most
+        self._most = most
+        self._adaptive = adaptive
+
+    def slept(self, duration: int) -> None:
+        """After looking in vain we slept so long."""
+        if not self._adaptive:
+            return
+        if duration < self._most:
+            self.window = min(max(2 * self.window, self._LEAST), self._most)
+        else:
+            self.window = self.window // 2 if self.window > self._LEAST else 0

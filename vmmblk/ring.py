@@ -128,6 +128,7 @@ class Queue:
         self.handle = core.queue_handle(index, self.kick_fd)
         """The queue in C."""
         self._take: Callable[[Any, int], int] = functools.partial(lib.vmm_queue_pop, self.handle)
+        self._look: Callable[[Any, int], int] = functools.partial(lib.vmm_queue_poll, self.handle)
         self._chains = ffi.new("struct vmm_chain[]", self.BATCH)
         self._records = memoryview(ffi.buffer(self._chains))
         self._done = ffi.new("struct vmm_completion[]", self.BATCH)
@@ -141,7 +142,7 @@ class Queue:
 
     def served_by(self, take: Callable[[Any, int], int], ready_fd: int) -> None:
         """Pop with ``take``, a function of C as vmm_queue_pop, when the eventfd ``ready_fd`` tells; it is ours now."""
-        self._take = take
+        self._take = self._look = take
         self.ready_fd = ready_fd
 
     def start(
@@ -220,9 +221,12 @@ class Queue:
         """
         return [self.chain(taken) for taken in self.take()]
 
-    def take(self) -> list[Taken]:
-        """As ``pop``, but the chains as they come out of C.  Raises what ``pop`` does."""
-        n = self._take(self._chains, self.BATCH)
+    def take(self, *, arm: bool = True) -> list[Taken]:
+        """As ``pop``, but the chains as they come out of C, and without ``arm`` no doorbell is asked for.
+
+        Raises what ``pop`` does.
+        """
+        n = self._take(self._chains, self.BATCH) if arm else self._look(self._chains, self.BATCH)
         if n < 0:
             raise _FAILURES[n](f"queue {self.index}")
         return list(_TAKEN.iter_unpack(self._records[: n * _TAKEN.size]))

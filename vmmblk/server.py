@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmmblk.block import Block, Operation, SupportsIdentify, SupportsResize, SupportsZones, Zoning, operations
-from vmmblk.budget import DrainBudget, LogBudget
+from vmmblk.budget import DrainBudget, LogBudget, Patience
 from vmmblk.device import (
     ConfigInterrupt,
     ConfigVectorChanged,
@@ -73,6 +73,8 @@ DRAIN_LIMIT = 1.0
 
 PINNED_DRAIN_LIMIT = 4.0
 """Seconds that they get when their memory cannot be taken back: what comes then is worse than a VMM kept waiting."""
+
+_FOR_EVER = 1 << 62  # nanoseconds
 
 MEMORY_ADVICE = (
     "guest memory is not shared with vmmblk: start QEMU with"
@@ -133,7 +135,14 @@ class Server:
         self._device = Device(self._config)
         self._pci = PciFunction(self._device, self._core)
         self._engine = self._choose_engine(options)
-        self._worker = Worker(block, self._queues, _serial(block, options), self, self._engine)
+        self._worker = Worker(
+            block,
+            self._queues,
+            _serial(block, options),
+            self,
+            engine=self._engine,
+            patience=self._patience(options.io),
+        )
         self._transport: Transport | None = None
         self._pinned = block.pins_memory and not block.bounce
         self._budget = DrainBudget(PINNED_DRAIN_LIMIT if self._pinned else DRAIN_LIMIT)
@@ -216,6 +225,11 @@ class Server:
                 raise ConfigError("this disk cannot be served by the native engine: leave --engine out")
             return None
         return Engine(self._block, made_of, self._queues, self._config.queue_size, options.io)
+
+    def _patience(self, io: EngineOptions) -> Patience:
+        if self._engine is not None:  # it looks for itself, and the worker has little to do
+            return Patience(0, adaptive=False)
+        return Patience(_FOR_EVER if io.poll_us is None else io.poll_us * 1000, adaptive=io.adaptive)
 
     @property
     def engine(self) -> str:

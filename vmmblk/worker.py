@@ -32,12 +32,14 @@ from vmmblk.block import (
     SupportsFlush,
     SupportsLifetime,
     SupportsSecureErase,
+    SupportsSubmit,
     SupportsWriteZeroes,
     SupportsZones,
+    Transfer,
     Zone,
     operations,
 )
-from vmmblk.budget import LogBudget
+from vmmblk.budget import LogBudget, Patience
 from vmmblk.errors import BadRequest, BlockError, Unimplemented, status_of
 from vmmblk.request import (
     Discard,
@@ -74,6 +76,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
     from typing import Any
 
+    Call = Callable[[int, Buffers], Awaitable[None] | None]
+
     from vmmblk.engine import Engine
 
 from vmmblk.tasks import Starter
@@ -84,6 +88,7 @@ log = logging.getLogger("vmmblk.worker")
 
 _BOUNCE_CHUNK = 1 << 20  # bytes of a bounced request that are in private memory at a time
 _BOUNCES = 32  # requests that bounce at a time
+_LOOK_NS = 1_000_000  # of looking for more between turns of the event loop
 _REPORT_ZONES = 16384  # zones told of in one request: 1 MiB
 
 # What a call may end with.  All but the errors of the contract are bugs in a disk: nobody cancels a task here, so
@@ -139,10 +144,18 @@ class Worker:
     """
 
     def __init__(
-        self, block: Block, queues: Sequence[Queue], serial: str, supervisor: Supervisor, engine: Engine | None = None
+        self,
+        block: Block,
+        queues: Sequence[Queue],
+        serial: str,
+        supervisor: Supervisor,
+        *,
+        engine: Engine | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self._block = block
         self._engine = engine
+        self._patience = patience or Patience(0, adaptive=False)
         self._queues = queues
         self._serial = serial.encode("ascii")[:BLK_ID_BYTES].ljust(BLK_ID_BYTES, b"\0")
         self._supervisor = supervisor
@@ -159,6 +172,12 @@ class Worker:
         self._in_order = {queue.index: InOrder() for queue in queues}
         self._batching = False
         self._starter: Starter
+        self._failed: dict[int, int] = {}  # by queue, the life in which its ring failed
+        self._submittable = (
+            block if isinstance(block, SupportsSubmit) and Operation.SUBMIT in operations(block) else None
+        )
+        self._looking = False
+        self._found = self._slept_since = 0
         self._bug_log = LogBudget()
         self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
@@ -236,7 +255,8 @@ class Worker:
         await self._stop.wait()
         for queue in self._queues:
             self._loop.remove_reader(queue.ready_fd)
-            self._serve(queue)  # what an engine has handed over meanwhile
+            self._loop.call_soon(self._serve, queue)  # what an engine has handed over meanwhile
+        await asyncio.sleep(0)
         while self._starter.waiting:
             await asyncio.wait(self._starter.waiting)
         await asyncio.sleep(0)  # completions of the last tasks are sent in a turn of their own
@@ -261,51 +281,126 @@ class Worker:
     # -- a queue
 
     def _kicked(self, queue: Queue) -> None:
+        if not self._looking:
+            self._patience.slept(time.monotonic_ns() - self._slept_since)
         self._serve(queue, doorbell=queue.clear_kick())
 
     def _serve(self, queue: Queue, *, doorbell: bool = False) -> None:
+        count = self._serve_some(queue)
+        if count == queue.BATCH:
+            self._loop.call_soon(self._serve, queue)
+        elif doorbell and not count and queue.looks_unshared:
+            self._supervisor.memory_not_shared()
+        if count and not self._looking and self._patience.window:
+            self._looking = True
+            self._found = time.monotonic_ns()
+            self._loop.call_soon(self._look_on)
+
+    def _serve_some(self, queue: Queue, *, arm: bool = True) -> int:
+        """Take a batch of chains and begin with them; how many they are."""
         start = queue.starts
+        if self._failed.get(queue.index) == start:
+            return 0
         try:
-            batch = queue.take()
+            batch = queue.take(arm=arm)
         except RingFailure as error:
+            self._failed[queue.index] = start
             self._supervisor.ring_failed(queue, start, error)
-            return
+            return 0
         if self._limits.features & Feature.IN_ORDER.mask:
             for token, *_ in batch:
                 self._in_order[queue.index].take(token)
         if batch:
             self._serve_batch(queue, batch)
-        if len(batch) == queue.BATCH:
-            self._loop.call_soon(self._serve, queue)
-        elif doorbell and not batch and queue.looks_unshared:
-            self._supervisor.memory_not_shared()
+        return len(batch)
+
+    def _look_on(self) -> None:
+        """Look for more before the doorbells are armed and the thread sleeps; now and then the loop turns.
+
+        Only requests that do not wait let it stay here: for the others the loop is needed.
+        """
+        until = time.monotonic_ns() + _LOOK_NS
+        while not self._stop.is_set():
+            found = sum([self._serve_some(queue, arm=False) for queue in self._queues])
+            now = time.monotonic_ns()
+            if found:
+                self._found = now
+            elif now - self._found > self._patience.window:
+                break
+            if now > until or self._starter.waiting:
+                self._loop.call_soon(self._look_on)
+                return
+        self._looking = False
+        self._slept_since = time.monotonic_ns()
+        for queue in self._queues:
+            self._serve(queue)
 
     def _serve_batch(self, queue: Queue, batch: list[Taken]) -> None:
         """Begin with every request; those that end without having waited are completed together, at once."""
         self._batching = True
         with self._starter as starter:
-            for taken in batch:
-                starter.begin(self._plain_transfer(queue, taken) or self._serve_chain(queue, queue.chain(taken)))
+            if self._submittable is None:
+                for taken in batch:
+                    starter.begin(self._plain_transfer(queue, taken) or self._serve_chain(queue, queue.chain(taken)))
+            else:
+                self._submit_batch(queue, batch, starter)
         self._batching = False
         if self._done[queue.index]:
             self._send(queue)
 
+    def _submit_batch(self, queue: Queue, batch: list[Taken], starter: Starter) -> None:
+        """Give the disk all reads and writes at once; other requests go their own way."""
+        tokens, transfers = [], []
+        cached = self._write_cache and self._flushable is not None
+        for taken in batch:
+            plain = self._plain(queue, taken)
+            if plain is None:
+                starter.begin(self._serve_chain(queue, queue.chain(taken)))
+            else:
+                write, sector, view, written = plain
+                tokens.append((taken[0], written))
+                transfers.append(Transfer(write, write and cached, sector, [view]))
+        if transfers:
+            starter.begin(self._submit(queue, tokens, transfers))
+
+    async def _submit(self, queue: Queue, tokens: list[tuple[int, int]], transfers: list[Transfer]) -> None:
+        failure: BaseException | None = None
+        try:
+            await _finished(self._submittable.submit(transfers))  # type: ignore[union-attr]
+        except _FAILURES as raised:
+            failure = raised
+        for (token, written), transfer in zip(tokens, transfers, strict=True):
+            failed = failure or transfer.error
+            if failed is None:
+                self._complete(queue, token, Status.OK, written)
+            else:
+                self._complete(queue, token, self._judge(failed), 0)
+
     def _plain_transfer(self, queue: Queue, taken: Taken) -> Coroutine[Any, None, None] | None:
-        """The commonest request: a read or write of whole blocks, in one piece that suits the disk.  None if other."""
-        token, flags, error, size, kind, _, sector, outs, ins, _, writable, _, alias, length, offset, host = taken
+        plain = self._plain(queue, taken)
+        if plain is None:
+            return None
+        write, sector, view, written = plain
+        call: Call = self._block.read
+        if write:
+            call = self._flushable.write_cached if self._write_cache and self._flushable else self._block.write
+        return self._transfer_plainly(queue, taken[0], functools.partial(call, sector, [view]), written)
+
+    def _plain(self, queue: Queue, taken: Taken) -> tuple[bool, int, memoryview, int] | None:
+        """The commonest request: a read or write of whole blocks, in one piece that suits the disk; None if other.
+
+        Whether it is a write, the disk's sector, the data, and how much will have been written to guest memory.
+        """
+        _, flags, error, size, kind, _, sector, outs, ins, _, writable, _, alias, length, offset, host = taken
         if flags or error or size != REQUEST_HEADER.size or self._bounces_all or self._zoned is not None:
             return None
         if (sector * SECTOR_SIZE | length) & self._length_mask or host & self._address_mask:
             return None
         position = sector // self._scale
         if kind == _IN and not outs and ins == 1:
-            call = functools.partial(self._block.read, position, [queue.view(alias, offset, length, writable=True)])
-            return self._transfer_plainly(queue, token, call, writable)
+            return False, position, queue.view(alias, offset, length, writable=True), writable
         if kind == _OUT and outs == 1 and not ins:
-            flushable = self._flushable if self._write_cache else None
-            write = self._block.write if flushable is None else flushable.write_cached
-            call = functools.partial(write, position, [queue.view(alias, offset, length, writable=False)])
-            return self._transfer_plainly(queue, token, call, 0)
+            return True, position, queue.view(alias, offset, length, writable=False), 0
         return None
 
     async def _transfer_plainly(

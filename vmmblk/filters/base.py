@@ -92,8 +92,11 @@ class Filter(Block):
 
     @property
     def operations(self) -> Operation:
-        """The optional operations of the block below (a filter has every method, because it forwards them)."""
-        return operations(self.block)
+        """The optional operations of the block below (a filter has every method, because it forwards them).
+
+        Not ``submit``: a filter that changes single reads and writes must see them.
+        """
+        return operations(self.block) & ~Operation.SUBMIT
 
     def read(self, sector_start: int, buffers: Buffers) -> Awaitable[None]:
         """Forward ``read``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from vmmblk.block import Block, Buffers, Lifetime, Native, Operation, Zone, total_bytes
+from vmmblk.block import Block, Buffers, Lifetime, Native, Operation, Transfer, Zone, operations, total_bytes
 from vmmblk.errors import BlockError, Disconnected, IsReadOnly, Unimplemented, Unknown, ZoneInvalidCommand
 from vmmblk.filters.base import Filter
 from vmmblk.filters.threaded import asynchronous
@@ -18,7 +18,7 @@ from vmmblk.filters.threaded import asynchronous
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    Transfer = Callable[[int, Buffers], Awaitable[None]]
+    Call = Callable[[int, Buffers], Awaitable[None]]
 
 __all__ = ["Checked"]
 
@@ -41,18 +41,19 @@ class Checked(Filter):
         self._size = info.size_bytes
         self._read_write = info.read_write
         self._connected = True
-        self._read = cast("Transfer", below.read)
+        self._read = cast("Call", below.read)
         has_write = type(below).write is not Block.write
-        self._write = cast("Transfer", below.write) if has_write else None
-        self._write_cached = cast("Transfer | None", getattr(below, "write_cached", None))
+        self._write = cast("Call", below.write) if has_write else None
+        self._write_cached = cast("Call | None", getattr(below, "write_cached", None))
+        self._submit = cast("Callable[[Sequence[Transfer]], Awaitable[None] | None]", getattr(below, "submit", None))
         self._grown: list[Callable[[], None]] = []
-        if Operation.RESIZE in super().operations:
+        if Operation.RESIZE in operations(below):
             super().on_resize(self._resized)
 
     @property
     def operations(self) -> Operation:
         """The optional operations of the disk; those that change it only if it can be written."""
-        found = super().operations
+        found = operations(self.block)
         return found if self._read_write else found & ~_CHANGES
 
     def read(self, sector_start: int, buffers: Buffers) -> Awaitable[None]:
@@ -76,7 +77,7 @@ class Checked(Filter):
         """Check, then ``write_cached``."""
         return self._change(self._write_cached, sector_start, buffers)
 
-    def _change(self, write: Transfer | None, sector_start: int, buffers: Buffers) -> Awaitable[None]:
+    def _change(self, write: Call | None, sector_start: int, buffers: Buffers) -> Awaitable[None]:
         length = 0
         for buffer in buffers:
             length += len(buffer)
@@ -93,6 +94,34 @@ class Checked(Filter):
     def native(self) -> Native | None:
         """That of the disk: an engine checks what is checked here."""
         return self._native_below()
+
+    async def submit(self, batch: Sequence[Transfer]) -> None:
+        """Check each, then ``submit`` those that are right."""
+        size, sector_size, mask = self._size, self._sector_size, self._mask
+        right = []
+        for transfer in batch:
+            length = bits = 0
+            for buffer in transfer.buffers:
+                length += len(buffer)
+                bits |= len(buffer)
+            start = transfer.sector_start * sector_size
+            if bits & mask or not 0 <= start <= size - length or not self._connected:
+                transfer.error = self._wrong(transfer, length)
+            elif transfer.write and not self._read_write:
+                transfer.error = self._refusal()
+            elif length:
+                right.append(transfer)
+        if right:
+            pending = self._submit(right)
+            if pending is not None:
+                await pending
+
+    def _wrong(self, transfer: Transfer, length: int) -> BlockError:
+        if not self._connected:
+            return _disconnected()
+        if length & self._mask:
+            return self._ragged(length)
+        return self._outside(transfer.sector_start, length // self._sector_size)
 
     async def flush(self) -> None:
         """Check, then ``flush``."""

@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from vmmblk.block import Block, Native, Operation, SupportsZones, ZoneModel, operations
+from vmmblk.block import Block, Native, Operation, SupportsZones, Transfer, ZoneModel, operations
 from vmmblk.filters.base import OFFSET_METHODS, Filter
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ __all__ = ["Pool", "Threaded", "asynchronous"]
 WORKERS = 16
 """Calls of a plain disk that run at the same time."""
 
-_AWAITED = (*OFFSET_METHODS, "flush", "lifetime", "reset_all_zones", "disconnect")
+_AWAITED = (*OFFSET_METHODS, "flush", "lifetime", "reset_all_zones", "submit", "disconnect")
 
 
 def asynchronous(block: Block) -> Block:
@@ -61,6 +61,15 @@ class Threaded(Filter):
         for name in _AWAITED:
             if name not in plain and hasattr(block, name):
                 setattr(self, name, getattr(block, name))
+
+    @property
+    def operations(self) -> Operation:
+        """Those of the disk, all of them."""
+        return operations(self.block)
+
+    async def submit(self, batch: Sequence[Transfer]) -> None:
+        """``submit`` in a thread."""
+        await self._run("submit", batch)
 
     async def read(self, sector_start: int, buffers: Buffers) -> None:
         """``read`` in a thread."""
