@@ -121,8 +121,8 @@ def not_live_without_features_ok(target: Target) -> None:
 def wrong_order_is_not_live(target: Target) -> None:
     """Status bits in a wrong order make no live device (HOSTILE-094)."""
     _not_live_after(target, [], [DeviceStatus.DRIVER_OK])
-    _not_live_after(target, [DeviceStatus.DRIVER_OK], [DeviceStatus(7)])
     _not_live_after(target, [DeviceStatus(5)], [DeviceStatus(7)])
+    _not_live_after(target, [DeviceStatus.FEATURES_OK], [DeviceStatus.FEATURES_OK | DeviceStatus.DRIVER_OK])
 
 
 @check()
