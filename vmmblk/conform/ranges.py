@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vmmblk.client.driver import VirtioBlk
     from vmmblk.conform.target import Target
 
-__all__ = ["DISCARD", "SECURE_ERASE", "WRITE_ZEROES", "Eraser", "Kind", "erasers", "segments"]
+__all__ = ["DISCARD", "KINDS", "SECURE_ERASE", "WRITE_ZEROES", "Eraser", "Kind", "erasers", "segments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ SECURE_ERASE = Kind(
     BlkConfig.MAX_SECURE_ERASE_SEG,
     BlkConfig.SECURE_ERASE_SECTOR_ALIGNMENT,
 )
-_KINDS = (DISCARD, WRITE_ZEROES, SECURE_ERASE)
+KINDS = (DISCARD, WRITE_ZEROES, SECURE_ERASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,8 @@ class Eraser:
     """Sectors: ranges of whole units are whole blocks, and as aligned as the device wants them."""
     max_sectors: int
     max_seg: int
+    last: int
+    """The sector where the last whole unit of the disk begins."""
 
     @property
     def name(self) -> str:
@@ -75,14 +77,15 @@ def erasers(target: Target, driver: VirtioBlk, *kinds: Kind, units: int = 4) -> 
     Raises NotOffered, NotTestable if none.
     """
     target.room(target.block_sectors)
-    offered = [kind for kind in kinds or _KINDS if driver.has(kind.feature)]
+    offered = [kind for kind in kinds or KINDS if driver.has(kind.feature)]
     if not offered:
-        raise NotOffered(f"{', '.join(kind.feature.name for kind in kinds or _KINDS)}: none is offered")
+        raise NotOffered(f"{', '.join(kind.feature.name for kind in kinds or KINDS)}: none is offered")
     found = []
     for kind in offered:
         alignment = 1 if kind.alignment is None else max(1, field(driver, kind.alignment))
         unit = math.lcm(target.block_sectors, alignment)
-        found.append(Eraser(kind.type, unit, field(driver, kind.max_sectors), field(driver, kind.max_seg)))
+        max_sectors, max_seg = field(driver, kind.max_sectors), field(driver, kind.max_seg)
+        found.append(Eraser(kind.type, unit, max_sectors, max_seg, driver.capacity // unit * unit - unit))
     room = min(target.facts.capacity, SCRATCH_SECTORS)
     usable = [each for each in found if each.unit * units <= room and each.max_sectors >= each.unit and each.max_seg]
     if not usable:

@@ -89,7 +89,6 @@ def flush_covers_every_queue(target: Target) -> None:
 @check(Feature.BLK_WRITE_ZEROES, _FLUSH)
 def zeroes_are_as_durable_as_writes(target: Target) -> None:
     """With neither FLUSH nor CONFIG_WCE negotiated completed WRITE_ZEROES is durable (BLK-096)."""
-
     _expect_durable(target, lambda driver: _zero(target, driver), target.mask(without=(_FLUSH, _WCE)))
 
 
