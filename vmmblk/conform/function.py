@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import struct
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmmblk.client.errors import QueueFull
 from vmmblk.client.interrupts import Interrupts
 from vmmblk.client.queue import PackedQueue, SplitQueue, Virtqueue
 from vmmblk.client.wire import IrqIndex, Region
 from vmmblk.conform.check import NotOffered, NotTestable, expect
-from vmmblk.spec import CommonCfg, DeviceStatus, Feature, PciCapType, RequestType
+from vmmblk.spec import SECTOR_SIZE, CommonCfg, DeviceStatus, Feature, PciCapType, RequestType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from vmmblk.client.connection import Connection
     from vmmblk.client.driver import VirtioBlk
@@ -32,20 +35,30 @@ __all__ = [
     "STATUS_INTERRUPT",
     "VENDOR_CFG",
     "Bar",
+    "Snapshot",
     "VirtioCap",
+    "Window",
     "any_interrupts",
     "ask",
     "bars",
+    "bring_up",
     "capabilities",
+    "change_config",
     "eventfds",
+    "expect_signal",
     "fired",
+    "flood",
     "msix_ranges",
     "negotiate",
     "new_queue",
     "only",
+    "plain",
+    "queue_count",
     "require_intx",
     "require_msix",
+    "ring",
     "submit",
+    "vector_fields",
 ]
 
 COMMAND, STATUS = 0x04, 0x06
@@ -59,6 +72,7 @@ _BAR0 = 0x10
 _CAP_ID_VENDOR = 0x09
 _CAP_SIZE = 16
 _EXTRA_SIZES = {PciCapType.NOTIFY_CFG: 4, PciCapType.PCI_CFG: 4, SHARED_MEMORY_CFG: 8}
+_FLOOD, _FLOOD_BYTES = 24, 256 << 10
 _VECTORS_MAX = 16  # how many MSI-X vectors are listened to at once
 
 
@@ -185,6 +199,34 @@ def msix_ranges(pci: PciDevice) -> list[tuple[int, range]]:
     return [(bar, range(start, start + size)) for (bar, start), size in zip(places, sizes, strict=True)]
 
 
+class Window:
+    """The PCI_CFG capability, to be used rightly or wrongly."""
+
+    def __init__(self, pci: PciDevice) -> None:
+        self._pci = pci
+        self.position = next(each.position for each in capabilities(pci) if each.cfg_type == PciCapType.PCI_CFG)
+
+    @property
+    def target(self) -> tuple[int, int, int]:
+        """BAR, offset and length as they read back."""
+        bar = self._pci.config_field(self.position + 4, 1)
+        return bar, self._pci.config_field(self.position + 8, 4), self._pci.config_field(self.position + 12, 4)
+
+    def aim(self, bar: int, offset: int, length: int) -> None:
+        """Write BAR, offset and length."""
+        self._pci.config_write(self.position + 4, bytes([bar]))
+        self._pci.config_write(self.position + 8, struct.pack("<I", offset))
+        self._pci.config_write(self.position + 12, struct.pack("<I", length))
+
+    def read(self, width: int = 4) -> int:
+        """Read pci_cfg_data, ``width`` bytes of it."""
+        return self._pci.config_field(self.position + 16, width)
+
+    def write(self, value: int, width: int = 4) -> None:
+        """Write pci_cfg_data, ``width`` bytes of it."""
+        self._pci.config_write(self.position + 16, value.to_bytes(width, "little"))
+
+
 # A driver, step by step.
 
 
@@ -206,6 +248,32 @@ def new_queue(driver: VirtioBlk, index: int, size: int | None = None) -> Virtque
     return layout(driver.memory, index, size, event_idx=driver.has(Feature.EVENT_IDX))
 
 
+def queue_count(target: Target) -> int:
+    """How many queues a driver can use."""
+    return target.facts.queues if target.offers(Feature.BLK_MQ) else 1
+
+
+def plain(target: Target) -> int:
+    """The features that the driver usually takes, but for those that change what a doorbell carries."""
+    return target.mask(without=(Feature.NOTIFICATION_DATA, Feature.NOTIF_CONFIG_DATA))
+
+
+def bring_up(driver: VirtioBlk, mask: int, vectors: Sequence[int], config_vector: int) -> None:
+    """Bring the device from any state to DRIVER_OK, with a queue for each of ``vectors``."""
+    driver.forget()
+    negotiate(driver, mask)
+    driver.device.set_config_vector(config_vector)
+    for index, vector in enumerate(vectors):
+        driver.queues.append(new_queue(driver, index))
+        driver.device.start_queue(driver.queues[-1], vector)
+    driver.device.status |= DeviceStatus.DRIVER_OK
+
+
+def ring(driver: VirtioBlk, queue: int = 0) -> None:
+    """Write a queue's number to its doorbell; for features that leave doorbells ``plain``."""
+    driver.pci.notify.write(driver.device.notify_offset(queue), 2, queue)
+
+
 def submit(target: Target, driver: VirtioBlk, queue: int = 0) -> Pending:
     """Offer a read of the first block, without a doorbell.  Raises NotTestable on an empty disk."""
     if target.facts.capacity < target.block_sectors:
@@ -221,6 +289,36 @@ def ask(target: Target, driver: VirtioBlk, queue: int = 0) -> Pending:
     driver.ring_doorbell(queue)
     driver.wait(pending).result()
     return pending
+
+
+def flood(target: Target, driver: VirtioBlk, queue: int = 0) -> list[Pending]:
+    """Keep the device busy with long reads on a queue, rung for.  Raises NotTestable on an empty disk."""
+    unit = target.facts.block_size
+    length = min(target.facts.capacity * SECTOR_SIZE, _FLOOD_BYTES) // unit * unit
+    if not length:
+        raise NotTestable("the disk is empty")
+    pendings: list[Pending] = []
+    with contextlib.suppress(QueueFull):
+        pendings.extend(driver.submit(RequestType.IN, 0, data_in=length, queue=queue) for _ in range(_FLOOD))
+    driver.kick(queue, force=True)
+    return pendings
+
+
+class Snapshot:
+    """What the device might write of a queue and of chains in flight there, as it is now."""
+
+    def __init__(self, driver: VirtioBlk, queue: Virtqueue, pendings: Sequence[Pending]) -> None:
+        self._memory = driver.memory
+        written = (queue.desc, 16 * queue.size) if isinstance(queue, PackedQueue) else (queue.used, 6 + 8 * queue.size)
+        self._areas = [written, *((each.writable, each.data_in + 1) for each in pendings)]
+        self._contents = self._read()
+
+    def changed(self) -> bool:
+        """Whether any of it has changed since."""
+        return self._read() != self._contents
+
+    def _read(self) -> list[bytes]:
+        return [self._memory.read(iova, length) for iova, length in self._areas]
 
 
 # Interrupts.
@@ -263,6 +361,33 @@ def fired(fd: int) -> int:
         return os.eventfd_read(fd)
     except BlockingIOError:
         return 0
+
+
+def expect_signal(fd: int | None, timeout: float, what: str) -> None:
+    """Wait until the eventfd is signalled, and take the signal.  Raises Broken, which says ``what`` has not come."""
+    ready = [] if fd is None else select.select([fd], [], [], timeout)[0]
+    expect(ready and fired(ready[0]), f"{what} within {timeout:g} s")
+
+
+def change_config(target: Target, driver: VirtioBlk) -> None:
+    """Make the device tell of a change: a resize, or else a split ring so corrupt that it needs a reset.
+
+    Comes back when the change shows in registers.  Raises NotTestable if the device does not react.
+    """
+    before = driver.capacity
+    if target.options.resize_command:
+        target.resize()
+    else:
+        queue = driver.queues[0]
+        if not isinstance(queue, SplitQueue):
+            raise NotTestable("takes --resize-command")
+        queue.offer(queue.size)
+        queue.publish()
+        ring(driver)
+    deadline = time.monotonic() + target.options.timeout
+    while driver.capacity == before and DeviceStatus.NEEDS_RESET not in driver.status:
+        if time.monotonic() > deadline:
+            raise NotTestable("takes --resize-command: a corrupt ring does not make this device need a reset")
 
 
 def vector_fields(driver: VirtioBlk) -> list[tuple[CommonCfg, int]]:
