@@ -11,7 +11,7 @@ from vmmblk.client.errors import QueueFull
 from vmmblk.client.interrupts import Interrupts
 from vmmblk.client.memory import PAGE, GuestMemory, Range
 from vmmblk.client.queue import Descriptor, PackedQueue, SplitQueue
-from vmmblk.conform.check import NotTestable, expect
+from vmmblk.conform.check import Broken, NotTestable, expect
 from vmmblk.spec import (
     REQUEST_HEADER,
     SECTOR_SIZE,
@@ -49,7 +49,7 @@ __all__ = [
     "until",
 ]
 
-_MEMORY = 16 << 20
+_MEMORY = 8 << 20
 _QUEUE_SIZE = 64
 _ELSEWHERE = 1 << 32
 _UNKNOWN_TYPE = 0x7FFF_FFF0
@@ -185,11 +185,15 @@ def busy(target: Target, driver: VirtioBlk, queue: int = 0, count: int = 16) -> 
 
 
 class Watch:
-    """What the device could do behind the driver's back: change memory, interrupt.  Counts from its making."""
+    """What the device could do behind the driver's back: change memory, interrupt.  Counts from its making.
 
-    def __init__(self, driver: VirtioBlk) -> None:
+    With ``live`` the device may write its wishes about doorbells, as it may at any time while it is live.
+    """
+
+    def __init__(self, driver: VirtioBlk, *, live: bool = False) -> None:
         self._driver = driver
-        self._before = _whole(driver.memory)
+        self._holes = [hole for queue in driver.queues for hole in _wishes(queue)] if live else []
+        self._before = self._memory()
         self._interrupts()
 
     def quiet(self, when: str) -> None:
@@ -199,17 +203,26 @@ class Watch:
 
     def untouched(self, when: str) -> None:
         """Expect that memory is what it was."""
-        for piece, was in zip(self._driver.memory.layout, self._before, strict=True):
-            now = self._driver.memory.read(*piece)
+        for piece, was, now in zip(self._driver.memory.layout, self._before, self._memory(), strict=True):
             if now != was:
                 page = next(at for at in range(0, piece.size, PAGE) if now[at : at + PAGE] != was[at : at + PAGE])
                 at = next(at for at in range(page, page + PAGE) if now[at] != was[at])
-                expect(False, f"memory was written at {piece.iova + at:#x} {when}")  # noqa: FBT003
+                raise Broken(f"memory was written at {piece.iova + at:#x} {when}")
 
     def silent(self, when: str) -> None:
         """Expect that there was no interrupt."""
         count = self._interrupts()
         expect(not count, f"{count} interrupts came {when}")
+
+    def _memory(self) -> list[bytearray]:
+        memory = self._driver.memory
+        pieces = [bytearray(memory.read(*piece)) for piece in memory.layout]
+        for hole in self._holes:
+            for piece, data in zip(memory.layout, pieces, strict=True):
+                start = hole.iova - piece.iova
+                if 0 <= start < piece.size:
+                    data[start : start + hole.size] = bytes(hole.size)
+        return pieces
 
     def _interrupts(self) -> int:
         lines = self._driver.lines
@@ -217,8 +230,11 @@ class Watch:
         return sum(lines.take(line) for line in {lines.config_line, *queues})
 
 
-def _whole(memory: GuestMemory) -> list[bytes]:
-    return [memory.read(*piece) for piece in memory.layout]
+def _wishes(queue: Virtqueue) -> list[Range]:
+    """Where the device tells whether it wants doorbells."""
+    if isinstance(queue, SplitQueue):
+        return [Range(queue.used, 2), Range(queue.used + 4 + 8 * queue.size, 2)]
+    return [Range(queue.used, 4)]
 
 
 def until(driver: VirtioBlk, done: Callable[[], object], seen: str, timeout: float | None = None) -> None:

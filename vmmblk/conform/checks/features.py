@@ -354,6 +354,8 @@ def _used_in_order(driver: VirtioBlk, queue: Virtqueue, chains: list[tuple[int, 
 
 
 def _told_split(driver: VirtioBlk, queue: Virtqueue, position: int, _slot: int) -> int | None:
+    if isinstance(queue, SplitQueue) and position >= queue.used_idx:
+        return None
     element = driver.memory.read(queue.used + 4 + 8 * position, 8)
     return None if element == _NOTHING else int.from_bytes(element[:4], "little")
 

@@ -199,7 +199,7 @@ def suspend_without_the_feature(target: Target) -> None:
 def _ignored(target: Target, bit: DeviceStatus) -> None:
     """A bit that is written to the status of a live device has no effect (SUSPEND is not negotiated)."""
     with small(target, features=target.mask(without=(Feature.SUSPEND,))) as driver:
-        before, watch = driver.status, Watch(driver)
+        before, watch = driver.status, Watch(driver, live=True)
         driver.device.status = before | bit
         fence(driver)
         expect(driver.status == before, f"status reads {driver.status:#x} after {before | bit:#x} was written")
