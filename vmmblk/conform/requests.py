@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vmmblk.client.device import CONFIG_WIDTHS
@@ -51,11 +51,12 @@ _DESCRIPTOR = struct.Struct("<QIHH")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How a request ended: what its status byte holds, its used length, and its device-writable data."""
+    """How a request ended: what its status byte holds, its used length, its device-writable data, and that before."""
 
     status: int
     written: int = 0
     data: bytes = b""
+    before: bytes = b""
 
     @property
     def outcome(self) -> int:
@@ -108,15 +109,15 @@ def ask(
     given = pending.writable - start
     if after[:given] != before[:given] or after[given + data_in + 1 :] != before[given + data_in + 1 :]:
         raise Harm("the device wrote to memory that the request did not give it to write")
-    return answer
+    return replace(answer, data=after[given : given + data_in], before=before[given : given + data_in])
 
 
-def ask_chain(driver: VirtioBlk, chain: Sequence[Segment], status: int | None) -> Answer:
+def ask_chain(driver: VirtioBlk, chain: Sequence[Segment], status: int | None, *, unset: bool = True) -> Answer:
     """Offer a chain of any elements and wait for its end; ``status`` is the address of its status byte, if it has one.
 
-    Raises NotTestable if it does not fit into the queue.
+    With ``unset`` false that byte is left as it is before.  Raises NotTestable if the chain does not fit the queue.
     """
-    if status is not None:
+    if status is not None and unset:
         driver.memory.write(status, bytes([UNSET_STATUS]))
     pending = _offer(driver, chain)
     driver.kick()
@@ -131,7 +132,7 @@ def _await(driver: VirtioBlk, pending: Pending) -> Answer:
         driver.wait(pending)
     except NeedsReset:
         return Answer(NEEDS_RESET)
-    return Answer(UNSET_STATUS if pending.status is None else pending.status, pending.written, pending.data)
+    return Answer(UNSET_STATUS if pending.status is None else pending.status, pending.written)
 
 
 def _offer(driver: VirtioBlk, chain: Sequence[Segment]) -> Pending:
