@@ -274,6 +274,7 @@ class PackedRing(Ring):
         self.taken = 0
         """Where the next used descriptor is looked for."""
         self._lists: dict[int, list[int]] = {}
+        self._in_flight = 0
         self._held: tuple[int, int] | None = None
         self._next_id = 0
         if areas is None:
@@ -290,6 +291,7 @@ class PackedRing(Ring):
             buffer_id = self._next_id
             self._next_id = (self._next_id + 1) % self.size
         self._lists.setdefault(buffer_id, []).append(len(chain))
+        self._in_flight += 1
         first = self.position
         for step, each in enumerate(chain):
             link = buffer_id if step == len(chain) - 1 else buffer_id ^ 0x5A5A
@@ -332,12 +334,13 @@ class PackedRing(Ring):
 
     def take(self) -> Used | None:
         """The next used descriptor.  Raises Broken if it has an id that is not in flight."""
-        if not any(self._lists.values()) or not self.is_used(self.taken):
+        if not self._in_flight or not self.is_used(self.taken):
             return None
         _, length, link, flags = _DESC.unpack(self.slot(self.taken))
         lists = self._lists.get(link)
         if not lists:
             raise Broken(f"a buffer with id {link:#x} was returned, and none is in flight")
+        self._in_flight -= 1
         self.taken = (self.taken + lists.pop(0)) % (2 * self.size)
         return Used(link, length, flags)
 

@@ -271,7 +271,6 @@ def full_queue_of_32768(target: Target) -> None:
         b.add_ring()
         b.go()
         served_full(b)
-        served_full(b)
 
 
 @check(Feature.RING_PACKED)

@@ -121,7 +121,6 @@ def full_queue_of_32768(target: Target) -> None:
         b.add_ring()
         b.go()
         served_full(b)
-        served_full(b)
 
 
 @check()
