@@ -40,14 +40,14 @@ def qemu() -> Path:
     return Path(_last_line(SCRIPTS / "get-qemu"))
 
 
-def guest_folder() -> Path:
-    """The folder of the guest's kernel and initramfs, fetched first if need be."""
-    return Path(_last_line(SCRIPTS / "get-guest"))
+def guest_folder(kernel: str = "") -> Path:
+    """The folder of the guest's kernel and initramfs, fetched first if need be; ``kernel`` is get-guest's KERNEL."""
+    return Path(_last_line(SCRIPTS / "get-guest", *([kernel] if kernel else [])))
 
 
-def _last_line(script: Path) -> str:
+def _last_line(script: Path, *arguments: str) -> str:
     # Its standard error is the user's: progress is shown there.
-    result = subprocess.run([script], stdout=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run([script, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         raise SystemExit(result.returncode)
     return result.stdout.splitlines()[-1]
@@ -77,7 +77,7 @@ class Setup:
 
     ``memory`` is in QEMU's notation. ``memory_backend`` is ``shared`` (a memfd that a vfio-user server can map),
     ``private`` (a memfd whose pages the guest copies on write) or ``none`` (plain ``-m``). ``firmware`` is None to
-    boot the kernel directly, or ``seabios`` or ``ovmf`` to boot from a disk.
+    boot the kernel directly, or ``seabios`` or ``ovmf`` to boot from a disk. ``kernel`` is get-guest's KERNEL.
     """
 
     memory: str = "512M"
@@ -85,6 +85,7 @@ class Setup:
     machine: str = "q35"
     memory_backend: str = "shared"
     firmware: str | None = None
+    kernel: str = ""
     kernel_args: str = ""
     allow_reboot: bool = False
     arguments: list[str] = field(default_factory=list)
@@ -120,7 +121,7 @@ class Setup:
             return ["-drive", code, "-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
         if self.firmware == "seabios":
             return []
-        place = guest_folder()
+        place = guest_folder(self.kernel)
         line = ["-kernel", f"{place}/vmlinuz", "-initrd", f"{place}/initramfs"]
         return [*line, "-append", f"{KERNEL_ARGUMENTS} {self.kernel_args}".strip()]
 
