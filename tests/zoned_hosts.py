@@ -98,15 +98,20 @@ class ZonedHost:
         sector, sectors = first // self.scale, second // self.scale
         if request == RESET and sectors == self.info.size_sectors:
             for zone in self.table.resettable():
-                self.table.reset(zone)
+                self._reset(zone)
             return
         names = {RESET: "reset", OPEN: "open", CLOSE: "close", FINISH: "finish"}
         self._fail(names[request])
         zone = self._call(self.table.sequential, sector)
         assert sectors == min(self.table.zoning.zone_sectors, self.info.size_sectors - sector)
         self._call(getattr(self.table, f"check_{names[request]}"), zone)
-        change = {RESET: "reset", OPEN: "open_zone", CLOSE: "close_zone", FINISH: "finish"}[request]
-        getattr(self.table, change)(zone)
+        changes = {
+            OPEN: self.table.open_zone,
+            CLOSE: self.table.close_zone,
+            FINISH: self.table.finish,
+            RESET: self._reset,
+        }
+        changes[request](zone)
 
     def read(self, sector_start: int, buffers: Buffers) -> None:
         """Read, not from a zone that is offline."""
@@ -144,6 +149,12 @@ class ZonedHost:
     def state(self, zone: int) -> ZoneState:
         """The state of a zone."""
         return self.table.state(zone)
+
+    def _reset(self, zone: int) -> None:
+        start, size = self.table.start(zone), self.info.sector_size
+        end = start + self.table.capacity(zone)
+        self.data[start * size : end * size] = bytes((end - start) * size)
+        self.table.reset(zone)
 
     def _report(self, buffer: bytearray, sector: int, count: int) -> None:
         zones = list(self._blk_zones(sector, count))
