@@ -25,7 +25,7 @@ from vmmblk.spec import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from vmmblk.client.queue import Virtqueue
     from vmmblk.client.request import Pending
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Bait",
     "Watch",
+    "answers",
+    "areas",
     "busy",
     "fence",
     "fence_after_reset",
@@ -124,24 +126,22 @@ def renewed(driver: VirtioBlk, index: int, size: int) -> Virtqueue:
 
 def served(target: Target, driver: VirtioBlk, queue: int = 0) -> None:
     """Have one request served, rung for in any case.  Raises what ``VirtioBlk.wait`` raises; StatusError."""
-    bait = Bait(target, driver, queue)
-    bait.ripen()
-    driver.kick(queue, force=True)
-    driver.wait(bait.pending).result()
+    Bait(target, driver, queue, ripe=True).eaten()
 
 
 class Bait:
     """A request that lies in the ring before the device may take it.
 
     It is of no known type, so that its status tells if the device took it as it was; ``ripen`` makes it a read of the
-    first block.  Raises NotTestable if there is no block.
+    first block, which it is from the start if it is ``ripe``.  Raises NotTestable if there is no block.
     """
 
-    def __init__(self, target: Target, driver: VirtioBlk, queue: int = 0) -> None:
+    def __init__(self, target: Target, driver: VirtioBlk, queue: int = 0, *, ripe: bool = False) -> None:
         if not target.facts.capacity:
             raise NotTestable("the disk is empty")
         self._driver = driver
-        self.pending = driver.submit(_UNKNOWN_TYPE, 0, data_in=target.facts.block_size, queue=queue)
+        kind = RequestType.IN if ripe else _UNKNOWN_TYPE
+        self.pending = driver.submit(kind, 0, data_in=target.facts.block_size, queue=queue)
         driver.queues[queue].arm()
         driver.queues[queue].publish()
 
@@ -156,13 +156,13 @@ class Bait:
         return self.pending.done
 
     def eaten(self) -> None:
-        """Have it served after it has been ripened, and see that it was not taken before.  Rings the doorbell."""
+        """Ring the doorbell, and have it served; it must be ripe by then.
+
+        Raises Broken if it was served earlier as it was then, and what ``VirtioBlk.wait`` raises.
+        """
         self._driver.ring_doorbell(self.pending.queue)
-        self._driver.wait(self.pending)
-        expect(
-            self.pending.status == Status.OK,
-            f"a request was completed with status {self.pending.status} as it stood before it could be taken",
-        )
+        status = self._driver.wait(self.pending).status
+        expect(status == Status.OK, f"a read was completed with status {status}, or taken before its time")
 
 
 def busy(target: Target, driver: VirtioBlk, queue: int = 0, count: int = 16) -> list[Pending]:
@@ -181,17 +181,31 @@ def busy(target: Target, driver: VirtioBlk, queue: int = 0, count: int = 16) -> 
     return pending
 
 
+def areas(queue: Virtqueue) -> list[Range]:
+    """Where a ring lies."""
+    count = queue.size
+    sizes = (16 * count, 6 + 2 * count, 6 + 8 * count) if isinstance(queue, SplitQueue) else (16 * count, 4, 4)
+    return [Range(*each) for each in zip((queue.desc, queue.avail, queue.used), sizes, strict=True)]
+
+
+def answers(pending: Sequence[Pending]) -> list[Range]:
+    """What the device writes into, of these requests."""
+    return [Range(each.writable, each.data_in + 1) for each in pending]
+
+
 # Watching.
 
 
 class Watch:
     """What the device could do behind the driver's back: change memory, interrupt.  Counts from its making.
 
-    With ``live`` the device may write its wishes about doorbells, as it may at any time while it is live.
+    With ``live`` the device may write its wishes about doorbells, as it may at any time while it is live.  ``ranges``
+    are what is watched, by default all of memory.
     """
 
-    def __init__(self, driver: VirtioBlk, *, live: bool = False) -> None:
+    def __init__(self, driver: VirtioBlk, *, live: bool = False, ranges: Sequence[Range] | None = None) -> None:
         self._driver = driver
+        self._ranges = driver.memory.layout if ranges is None else ranges
         self._holes = [hole for queue in driver.queues for hole in _wishes(queue)] if live else []
         self._before = self._memory()
         self._interrupts()
@@ -203,7 +217,7 @@ class Watch:
 
     def untouched(self, when: str) -> None:
         """Expect that memory is what it was."""
-        for piece, was, now in zip(self._driver.memory.layout, self._before, self._memory(), strict=True):
+        for piece, was, now in zip(self._ranges, self._before, self._memory(), strict=True):
             if now != was:
                 page = next(at for at in range(0, piece.size, PAGE) if now[at : at + PAGE] != was[at : at + PAGE])
                 at = next(at for at in range(page, page + PAGE) if now[at] != was[at])
@@ -215,10 +229,9 @@ class Watch:
         expect(not count, f"{count} interrupts came {when}")
 
     def _memory(self) -> list[bytearray]:
-        memory = self._driver.memory
-        pieces = [bytearray(memory.read(*piece)) for piece in memory.layout]
+        pieces = [bytearray(self._driver.memory.read(*piece)) for piece in self._ranges]
         for hole in self._holes:
-            for piece, data in zip(memory.layout, pieces, strict=True):
+            for piece, data in zip(self._ranges, pieces, strict=True):
                 start = hole.iova - piece.iova
                 if 0 <= start < piece.size:
                     data[start : start + hole.size] = bytes(hole.size)

@@ -40,8 +40,7 @@ def used_buffers_interrupt_their_vector(target: Target) -> None:
             driver.device.set(CommonCfg.QUEUE_SELECT, queue)
             driver.device.set(CommonCfg.QUEUE_MSIX_VECTOR, queue + 1)
         for queue in range(count):
-            bait = Bait(target, driver, queue)
-            bait.ripen()
+            bait = Bait(target, driver, queue, ripe=True)
             driver.ring_doorbell(queue)
             told = _first(lines, driver.timeout)
             fence(driver)
@@ -58,8 +57,7 @@ def used_buffers_show_in_the_isr(target: Target) -> None:
             raise NotOffered("the device has no INTx")
     with small(target, interrupts=Interrupts.INTX) as driver:
         driver.pci.isr.read(0, 1)
-        bait = Bait(target, driver)
-        bait.ripen()
+        bait = Bait(target, driver, ripe=True)
         driver.ring_doorbell()
         driver.lines.wait(driver.connection.fileno(), driver.timeout)
         cause = IsrStatus(driver.pci.isr.read(0, 1))
@@ -159,8 +157,7 @@ def doorbell_of_another_queue(target: Target) -> None:
     """A doorbell whose value names another queue than its address does no harm (HOSTILE-084)."""
     with small(target, features=target.mask(without=_DATA)) as driver:
         for value in (1, 0x7F, 0xFFFF):
-            bait = Bait(target, driver)
-            bait.ripen()
+            bait = Bait(target, driver, ripe=True)
             driver.pci.notify.write(driver.device.notify_offset(0), 2, value)
             fence(driver)
             bait.eaten()
@@ -175,8 +172,7 @@ def doorbells_of_odd_shape(target: Target) -> None:
         for offset, width in ((at, 1), (at + 1, 1), (at + 1, 2)):
             if offset + width > driver.pci.notify.length:
                 continue
-            bait = Bait(target, driver)
-            bait.ripen()
+            bait = Bait(target, driver, ripe=True)
             driver.pci.notify.write(offset, width, 0)
             fence(driver)
             bait.eaten()
@@ -194,8 +190,7 @@ def doorbells_of_the_other_width(target: Target) -> None:
             at = driver.device.notify_offset(0)
             if at + width > driver.pci.notify.length:
                 continue
-            bait = Bait(target, driver)
-            bait.ripen()
+            bait = Bait(target, driver, ripe=True)
             driver.pci.notify.write(at, width, 0)
             fence(driver)
             bait.eaten()
@@ -213,8 +208,7 @@ def positions_are_hints(target: Target) -> None:
             driver.pci.notify.write(at, 4, position << 16)
             fence(driver)
             watch.silent(f"for a doorbell with position {position:#x} and no new buffer")
-            bait = Bait(target, driver)
-            bait.ripen()
+            bait = Bait(target, driver, ripe=True)
             driver.pci.notify.write(at, 4, position << 16)
             fence(driver)
             bait.eaten()
@@ -274,8 +268,7 @@ def _without_effect(target: Target, driver: VirtioBlk, offset: int, values: list
     fence(driver)
     watch.quiet(f"for doorbells at {offset:#x} that name no queue")
     expect(driver.status == status, f"status reads {driver.status:#x} after doorbells that name no queue")
-    bait = Bait(target, driver)
-    bait.ripen()
+    bait = Bait(target, driver, ripe=True)
     for value in values:
         driver.pci.notify.write(offset, 2, value)
     fence(driver)

@@ -65,9 +65,7 @@ def every_queue_starts_with_driver_ok(target: Target) -> None:
     with small(target, queues=count if target.offers(Feature.BLK_MQ) else 1) as driver:
         negotiate(driver)
         set_up(driver)
-        baits = [Bait(target, driver, queue.index) for queue in driver.queues]
-        for bait in baits:
-            bait.ripen()
+        baits = [Bait(target, driver, queue.index, ripe=True) for queue in driver.queues]
         go(driver)
         for bait in baits:
             bait.eaten()
@@ -168,9 +166,8 @@ def cleared_bits(target: Target) -> None:
     with small(target) as driver:
         driver.device.status = DeviceStatus(3)
         shown = driver.status
-        bait, watch = Bait(target, driver), Watch(driver)
+        bait, watch = Bait(target, driver, ripe=True), Watch(driver)
         if DeviceStatus.DRIVER_OK in shown:
-            bait.ripen()
             bait.eaten()
         else:
             driver.ring_doorbell()
@@ -212,8 +209,7 @@ def failed_and_going_on(target: Target) -> None:
     """A driver that sets FAILED and goes on is served or not, and registers answer (HOSTILE-100)."""
     with small(target) as driver:
         driver.device.status |= DeviceStatus.FAILED
-        bait = Bait(target, driver)
-        bait.ripen()
+        bait = Bait(target, driver, ripe=True)
         driver.ring_doorbell()
         fence(driver)
         driver.device.status |= DeviceStatus.DRIVER_OK
