@@ -105,6 +105,8 @@ class Ring(ABC):
     """
 
     alignments: ClassVar[tuple[int, int, int]]
+    position: int
+    """Where the next chain is made available."""
 
     def __init__(
         self, memory: Shadow, index: int, size: int, areas: Sequence[int] | None = None, *, barely: bool = False
@@ -144,6 +146,13 @@ class Ring(ABC):
         """The next buffer that the device has used, if there is one."""
 
     @abstractmethod
+    def take_batch(self, waiting: Sequence[int]) -> int:
+        """With IN_ORDER, how many of the buffers in flight, told in their order, are used by what was used next.
+
+        Raises Broken if that is none of them.
+        """
+
+    @abstractmethod
     def table(self, elements: Sequence[Descriptor]) -> bytes:
         """An indirect table of elements, as this format has it."""
 
@@ -172,8 +181,7 @@ class SplitRing(Ring):
         self, memory: Shadow, index: int, size: int, areas: Sequence[int] | None = None, *, barely: bool = False
     ) -> None:
         super().__init__(memory, index, size, areas, barely=barely)
-        self.position = 0
-        """The available index: how many chains were offered."""
+        self.position = 0  # the available index: how many chains were offered
         self.taken = 0
         """How many used elements were taken."""
         self._slot = 0
@@ -238,6 +246,17 @@ class SplitRing(Ring):
         self.taken += 1
         return self.used_element(self.taken - 1)
 
+    def take_batch(self, waiting: Sequence[int]) -> int:
+        """One element stands for a batch: it names the last buffer of it, and the index goes on by as many."""
+        ahead = self.used_index - self.taken & 0xFFFF
+        if not ahead:
+            return 0
+        count = _until(waiting, self.used_element(self.taken).id)
+        if count > ahead:
+            raise Broken(f"buffer {count} of those in flight was returned when the used index had moved by {ahead}")
+        self.taken += count
+        return count
+
     def set_flags(self, flags: int) -> None:
         """Store the flags of the available ring: bit 0 asks for no interrupts."""
         self._store(self.avail, flags)
@@ -270,7 +289,6 @@ class PackedRing(Ring):
     ) -> None:
         super().__init__(memory, index, size, areas, barely=barely)
         self.position = 0
-        """Where the next descriptor goes."""
         self.taken = 0
         """Where the next used descriptor is looked for."""
         self._lists: dict[int, list[int]] = {}
@@ -344,6 +362,16 @@ class PackedRing(Ring):
         self.taken = (self.taken + lists.pop(0)) % (2 * self.size)
         return Used(link, length, flags)
 
+    def take_batch(self, waiting: Sequence[int]) -> int:
+        """One used descriptor stands for a batch: it names the last buffer of it, and the slots of all are skipped."""
+        if not self.is_used(self.taken):
+            return 0
+        count = _until(waiting, _DESC.unpack(self.slot(self.taken))[2])
+        for name in waiting[:count]:
+            self.taken = (self.taken + self._lists[name].pop(0)) % (2 * self.size)
+            self._in_flight -= 1
+        return count
+
     def set_event(self, flags: int, position: int = 0) -> None:
         """Store the driver's event suppression structure; ``position`` is that of the descriptor it is about."""
         self.set_event_word(flags, position % self.size | (_WRAP if position < self.size else 0))
@@ -372,3 +400,10 @@ class PackedRing(Ring):
 
     def _flags(self, position: int) -> int:
         return self._load(self.desc + DESCRIPTOR_SIZE * (position % self.size) + 14)
+
+
+def _until(waiting: Sequence[int], name: int) -> int:
+    """How many of those waiting there are up to the one that is named."""
+    if name not in waiting:
+        raise Broken(f"the device returned {name:#x}, which is not in flight")
+    return waiting.index(name) + 1

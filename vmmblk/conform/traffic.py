@@ -12,6 +12,8 @@ from vmmblk.conform.rings import linked
 from vmmblk.spec import REQUEST_HEADER, DescFlag, RequestType
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vmmblk.conform.bench import Bench, Parcel
     from vmmblk.conform.rings import Used
     from vmmblk.conform.target import Target
@@ -26,12 +28,15 @@ __all__ = [
     "long_chain",
     "reads_framed",
     "served_full",
+    "treadmill",
     "writes_framed",
 ]
 
 UNKNOWN_TYPE = 0x7FFF_FFF0
 """A request that every device answers, with a status only."""
 
+_TREADMILL_SIZE = 64
+_FOREVER = 1 << 17
 _PATTERN = bytes((7 * n + (n >> 8)) & 0xFF for n in range(4096))
 
 
@@ -104,6 +109,29 @@ def served_full(b: Bench) -> None:
     expect(back == sorted(names), f"of {ring.size} buffers in flight some came back twice, and others never")
     left = b.memory.read(statuses, ring.size).count(UNSET_STATUS)
     expect(not left, f"{left} of {ring.size} buffers came back without a status")
+
+
+def treadmill(b: Bench) -> Iterator[int]:
+    """Have the same chains served again and again, half a split ring at a time; yields how many were used so far.
+
+    Raises NotTestable if the queue is so short that it would take too long.
+    """
+    ring = b.split
+    if ring.size < _TREADMILL_SIZE:
+        raise NotTestable(
+            f"the queue has {ring.size} descriptors, and tens of thousands of buffers would take too long"
+        )
+    half = ring.size // 2
+    heads = [ring.offer(b.parcel(UNKNOWN_TYPE).chain(), publish=False) for _ in range(half)]
+    for head in heads:  # the other half of the available ring names the same chains
+        ring.name(head)
+    for count in range(half, _FOREVER, half):
+        ring.position = count
+        ring.publish()
+        b.kick()
+        back = {b.take().id for _ in range(half)}
+        expect(back == set(heads), f"other buffers came back than were offered, before buffer {count:#x}")
+        yield count
 
 
 def expect_length(b: Bench, used: Used, parcel: Parcel) -> None:
