@@ -293,11 +293,11 @@ async def _tells_of_itself(disk: Checked) -> None:
 async def _persists(make: Callable[[], Block], found: Operation) -> None:
     """What was written, written cached and flushed, or zeroed, is there when the medium is opened again."""
     disk = Checked(make())
-    expected = [bytes(pattern(disk, 2, 14))]
-    await disk.write(1, [memoryview(expected[0])])
+    expected = [pattern(disk, 2, 14)]
+    await disk.write(1, expected)
     if Operation.FLUSH in found:
-        expected.append(bytes(pattern(disk, 2, 15)))
-        await disk.write_cached(3, [memoryview(expected[1])])
+        expected.append(pattern(disk, 2, 15))
+        await disk.write_cached(3, expected[1:])
         await disk.flush()
     if Operation.WRITE_ZEROES in found:
         await disk.write(0, [pattern(disk, 1, 16)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING
 
 from vmmblk.errors import BlockError
@@ -22,12 +23,19 @@ def pattern(disk: Checked, sectors: int, seed: int) -> memoryview:
     """Bytes in which every sector, and every seed, is different."""
     size = disk.info.sector_size
     whole = b"".join((seed * 1000 + sector).to_bytes(8, "big") * (size // 8) for sector in range(1, sectors + 1))
-    return memoryview(bytearray(whole))
+    return _aligned(whole)
 
 
 def filled(disk: Checked, sectors: int, byte: int) -> memoryview:
     """Sectors full of a byte."""
-    return memoryview(bytearray([byte]) * (sectors * disk.info.sector_size))
+    return _aligned(bytes([byte]) * (sectors * disk.info.sector_size))
+
+
+def _aligned(data: bytes) -> memoryview:
+    """Memory of its own that holds ``data``, aligned to pages as disks with direct I/O want it."""
+    view = memoryview(mmap.mmap(-1, max(len(data), 1)))[: len(data)]
+    view[:] = data
+    return view
 
 
 async def read(disk: Checked, sector_start: int, sectors: int) -> bytes:
