@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from vmmblk.client.device import CONFIG_WIDTHS
 from vmmblk.client.errors import QueueFull, RemoteError
 from vmmblk.client.memory import GuestMemory, Range
 from vmmblk.client.queue import DESCRIPTOR_SIZE, SplitQueue
@@ -28,21 +27,6 @@ _SR_IOV_CAPABILITY = 0x10
 _EXTENDED = 0x100
 _NOTHING = b"\xff" * 8
 _USED = 1 << 15
-
-_FIELDS = {
-    Feature.BLK_SIZE_MAX: (BlkConfig.SIZE_MAX,),
-    Feature.BLK_SEG_MAX: (BlkConfig.SEG_MAX,),
-    Feature.BLK_GEOMETRY: (BlkConfig.GEOMETRY,),
-    Feature.BLK_BLK_SIZE: (BlkConfig.BLK_SIZE,),
-    Feature.BLK_TOPOLOGY: (BlkConfig.PHYSICAL_BLOCK_EXP, BlkConfig.OPT_IO_SIZE),
-    Feature.BLK_CONFIG_WCE: (BlkConfig.WRITEBACK,),
-    Feature.BLK_MQ: (BlkConfig.NUM_QUEUES,),
-    Feature.BLK_DISCARD: (BlkConfig.MAX_DISCARD_SECTORS, BlkConfig.DISCARD_SECTOR_ALIGNMENT),
-    Feature.BLK_WRITE_ZEROES: (BlkConfig.MAX_WRITE_ZEROES_SECTORS, BlkConfig.WRITE_ZEROES_MAY_UNMAP),
-    Feature.BLK_SECURE_ERASE: (BlkConfig.MAX_SECURE_ERASE_SECTORS, BlkConfig.SECURE_ERASE_SECTOR_ALIGNMENT),
-    Feature.BLK_ZONED: (BlkConfig.ZONE_SECTORS, BlkConfig.ZONED_MODEL),
-}
-"""The first and the last field that each feature brings."""
 
 
 # The offer.
@@ -101,19 +85,6 @@ def admin_vq_announces_queues(target: Target) -> None:
         negotiate(driver, driver.features | Feature.ADMIN_VQ.mask)
         count = driver.device.get(CommonCfg.ADMIN_QUEUE_NUM)
         expect(count, "admin_queue_num reads 0 with ADMIN_VQ negotiated")
-
-
-@check()
-def fields_have_features(target: Target) -> None:
-    """The configuration holds every field that an offered feature brings (FEAT-008)."""
-    with target.driver(start=False) as driver:
-        length = driver.pci.device.length
-        for feature, fields in _FIELDS.items():
-            end = fields[-1] + CONFIG_WIDTHS.get(fields[-1], 4)
-            expect(
-                not target.offers(feature) or end <= length,
-                f"{feature.name} is offered, and the configuration ends at {length} before {fields[-1].name}",
-            )
 
 
 # What is accepted.
