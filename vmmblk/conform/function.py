@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from vmmblk.client.connection import Connection
     from vmmblk.client.driver import VirtioBlk
+    from vmmblk.client.memory import GuestMemory
     from vmmblk.client.pci import MsixCapability, PciDevice
     from vmmblk.client.request import Pending
     from vmmblk.conform.target import Target
@@ -305,13 +306,18 @@ def flood(target: Target, driver: VirtioBlk, queue: int = 0) -> list[Pending]:
 
 
 class Snapshot:
-    """What the device might write of a queue and of chains in flight there, as it is now."""
+    """What guest memory holds in ``areas`` (address and length of each), as it is now."""
 
-    def __init__(self, driver: VirtioBlk, queue: Virtqueue, pendings: Sequence[Pending]) -> None:
-        self._memory = driver.memory
-        written = (queue.desc, 16 * queue.size) if isinstance(queue, PackedQueue) else (queue.used, 6 + 8 * queue.size)
-        self._areas = [written, *((each.writable, each.data_in + 1) for each in pendings)]
+    def __init__(self, memory: GuestMemory, areas: Sequence[tuple[int, int]]) -> None:
+        self._memory = memory
+        self._areas = areas
         self._contents = self._read()
+
+    @staticmethod
+    def areas(queue: Virtqueue, pendings: Sequence[Pending]) -> list[tuple[int, int]]:
+        """What the device may write of a queue and of chains in flight there."""
+        ring = (queue.desc, 16 * queue.size) if isinstance(queue, PackedQueue) else (queue.used, 6 + 8 * queue.size)
+        return [ring, *((each.writable, each.data_in + 1) for each in pendings)]
 
     def changed(self) -> bool:
         """Whether any of it has changed since."""

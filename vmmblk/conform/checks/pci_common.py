@@ -144,7 +144,7 @@ def reset_ends_before_it_shows(target: Target) -> None:
     with target.driver() as driver:
         pendings = flood(target, driver)
         driver.device.reset()
-        snapshot = Snapshot(driver, driver.queues[0], pendings)
+        snapshot = Snapshot(driver.memory, Snapshot.areas(driver.queues[0], pendings))
         other = VirtioBlk(
             driver.connection,
             driver.memory,
@@ -352,7 +352,7 @@ def queue_reset_ends_before_it_shows(target: Target) -> None:
         pendings = flood(target, driver)
         driver.device.reset_queue(0)
         old = driver.queues[0]
-        snapshot = Snapshot(driver, old, pendings)
+        snapshot = Snapshot(driver.memory, Snapshot.areas(old, pendings))
         driver.queues[0] = new_queue(driver, 0)
         driver.device.start_queue(driver.queues[0], driver.lines.queue_vector(0))
         try:
