@@ -11,6 +11,7 @@ Neither ends if nothing serves the disk.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path  # noqa: TC003 - vmmblk serve looks at the annotations
 from typing import TYPE_CHECKING
@@ -25,12 +26,20 @@ _PAUSE = 0.002
 
 
 class Disk(Block):
-    """``size`` bytes in sectors of ``sector_size``, with a volatile cache; it serves as well without ``control``."""
+    """``size`` bytes in sectors of ``sector_size``, with a volatile cache; it serves as well without ``control``.
+
+    With ``read_write=off`` it says that it is read-only, and would be written all the same.
+    """
 
     def __init__(
-        self, size: int = 8 << 20, sector_size: int = 512, control: Path | None = None, serial: str = "conform-disk"
+        self,
+        size: int = 8 << 20,
+        sector_size: int = 512,
+        control: Path | None = None,
+        serial: str = "conform-disk",
+        read_write: bool = True,
     ) -> None:
-        self.info = BlockInfo(read_write=True, sector_size=sector_size, size_sectors=size // sector_size)
+        self.info = BlockInfo(read_write=read_write, sector_size=sector_size, size_sectors=size // sector_size)
         self.topology = Topology(physical_block_size=max(4096, sector_size), discard_granularity=2 * sector_size)
         self._serial = serial
         self._lock = threading.Lock()
@@ -127,6 +136,6 @@ class Disk(Block):
             self._data += more
             self._stable += more
         sectors = self.info.size_sectors + _GROWTH
-        self.info = BlockInfo(read_write=True, sector_size=self.info.sector_size, size_sectors=sectors)
+        self.info = dataclasses.replace(self.info, size_sectors=sectors)
         if self._changed is not None:
             self._changed()

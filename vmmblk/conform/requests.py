@@ -36,7 +36,6 @@ __all__ = [
     "expect_data",
     "expect_intact",
     "field",
-    "long_chain",
     "pattern",
     "reach",
 ]
@@ -157,21 +156,6 @@ def _offer(driver: VirtioBlk, chain: Sequence[Segment]) -> Pending:
     iova = driver.memory.alloc(len(raw), _DESCRIPTOR.size)
     driver.memory.write(iova, raw)
     return driver.submit_raw([Descriptor(iova, len(raw), DescFlag.INDIRECT)])
-
-
-def long_chain(driver: VirtioBlk, length: int, *, writable: bool, piece: int = 32 << 20) -> list[Segment]:
-    """``length`` bytes in elements of at most ``piece``, all in the same memory: more than there is memory for.
-
-    Raises NotTestable if that is more than the device takes in one request.
-    """
-    if driver.has(Feature.BLK_SIZE_MAX):
-        piece = min(piece, field(driver, BlkConfig.SIZE_MAX) or piece)
-    count = -(-length // piece)
-    most = field(driver, BlkConfig.SEG_MAX) if driver.has(Feature.BLK_SEG_MAX) else count
-    if length >= 1 << 32 or count > most:
-        raise NotTestable(f"{length} bytes are more than one request can have here")
-    iova = driver.memory.alloc(min(piece, length))
-    return [Segment(iova, min(piece, length - at), writable) for at in range(0, length, piece)]
 
 
 # The disk.

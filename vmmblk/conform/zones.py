@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmmblk.client.queue import Segment
 from vmmblk.conform.check import Broken, NotOffered, NotTestable, expect
-from vmmblk.conform.requests import Answer, ask, ask_chain, expect_answer, field, long_chain, pattern
+from vmmblk.conform.requests import Answer, ask, ask_chain, expect_answer, field, pattern
 from vmmblk.spec import (
     REQUEST_HEADER,
     SECTOR_SIZE,
@@ -37,6 +37,7 @@ _REPORT = 256
 _MOST = 1 << 16
 """how many are looked at."""
 _CHUNK = 256 << 10
+_PIECE = 32 << 20
 _FILL = 32 << 20
 """Bytes of a zone that is written full, at most."""
 
@@ -150,14 +151,28 @@ class Zones:
         return ask(self.driver, RequestType.ZONE_APPEND, zone.start, self.data(units), ZONE_APPEND_SECTOR.size)
 
     def write_much(self, kind: RequestType, sector: int, sectors: int) -> Answer:
-        """A write or append of any length, from memory that is named again and again.  Raises NotTestable."""
+        """A write or append of any length, from memory that is named again and again.
+
+        Raises NotTestable if that is more than the device takes in one request.
+        """
         header = self.driver.memory.alloc(4096)
         self.driver.memory.write(header, REQUEST_HEADER.pack(kind, 0, sector))
-        data = long_chain(self.driver, sectors * SECTOR_SIZE, writable=False)
+        data = self._repeat(sectors * SECTOR_SIZE)
         room = ZONE_APPEND_SECTOR.size if kind == RequestType.ZONE_APPEND else 0
         status = header + 64 + room
         chain = [Segment(header, REQUEST_HEADER.size, writable=False), *data]
         return ask_chain(self.driver, [*chain, Segment(header + 64, room + 1, writable=True)], status)
+
+    def _repeat(self, length: int) -> list[Segment]:
+        driver, piece = self.driver, _PIECE
+        if driver.has(Feature.BLK_SIZE_MAX):
+            piece = min(piece, field(driver, BlkConfig.SIZE_MAX) or piece)
+        count = -(-length // piece)
+        most = field(driver, BlkConfig.SEG_MAX) if driver.has(Feature.BLK_SEG_MAX) else count
+        if length >= 1 << 32 or count > most:
+            raise NotTestable(f"{length} bytes are more than one request can have here")
+        iova = driver.memory.alloc(min(piece, length))
+        return [Segment(iova, min(piece, length - at), writable=False) for at in range(0, length, piece)]
 
     def bring(self, zone: Zone, state: ZoneState) -> Zone:
         """Bring an empty zone into a state, with something written unless it is to be empty; the zone then.

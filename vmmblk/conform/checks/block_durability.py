@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING
 
 from vmmblk.conform.check import NotTestable, check, expect
@@ -144,9 +145,9 @@ def _switch(driver: VirtioBlk, *, writeback: bool) -> None:
 
 
 def _write(driver: VirtioBlk, queue: int = 0) -> bytes:
-    """Write each of the first blocks by itself; what they hold afterwards."""
-    size = driver.block_size
-    datas = [pattern(size, f"durable {number}") for number in range(_BLOCKS)]
+    """Write each of the first blocks by itself, with what was never there before; what they hold afterwards."""
+    size, stamp = driver.block_size, secrets.token_hex(8)
+    datas = [pattern(size, f"{stamp} {number}") for number in range(_BLOCKS)]
     for number, data in enumerate(datas):
         driver.call(RequestType.OUT, number * size // SECTOR_SIZE, data, queue=queue)
     return b"".join(datas)
@@ -166,10 +167,6 @@ def _expect_durable(
 ) -> None:
     """What ``act`` says that the disk holds from sector 0 on must be there after a power cut."""
     target.room(target.block_sectors * _BLOCKS)
-    with target.driver() as driver:
-        driver.write(0, pattern(target.facts.block_size * _BLOCKS, "before"))
-        if driver.has(_FLUSH):
-            driver.flush()
     with target.driver(features=target.mask() if features is None else features, queues=queues) as driver:
         data = act(driver)
         target.cut_power()

@@ -8,6 +8,7 @@ from vmmblk.conform.check import NotOffered, NotTestable, check, expect
 from vmmblk.conform.ranges import DISCARD, segments
 from vmmblk.conform.requests import ask, expect_answer, field
 from vmmblk.conform.zones import (
+    ACTIVE,
     Model,
     ZoneState,
     ZoneType,
@@ -167,6 +168,24 @@ def commands_with_data(target: Target) -> None:
             expect_answer(answer, f"{kind.name} with data", OK)
             expect(answer.data == answer.before, f"{kind.name} has written to memory before its status")
             expect_zone(z, z.mine[0], end, f"{kind.name} with data")
+
+
+@check(ZONED, Feature.BLK_RO, destructive=True)
+def read_only_disks_keep_their_zones(target: Target) -> None:
+    """Zone commands, writes and appends to a read-only disk get IOERR or UNSUPP, and change no zone (HOSTILE-162)."""
+    with target.driver() as driver:
+        model(driver)
+        before = report(driver)
+        pointed = [zone for zone in before if zone.type != ZoneType.CONVENTIONAL]
+        if not pointed:
+            raise NotOffered("there is no sequential zone")
+        zone, data = pointed[0], bytes(target.facts.block_size)
+        answers = {kind: ask(driver, kind, zone.start) for kind in (*COMMANDS, RESET_ALL)}
+        answers[OUT] = ask(driver, OUT, zone.pointer if zone.state in ACTIVE else zone.start, data)
+        answers[APPEND] = ask(driver, APPEND, zone.start, data, ZONE_APPEND_SECTOR.size)
+        expect(report(driver) == before, "zones of a read-only disk have changed")
+        for kind, answer in answers.items():
+            expect_answer(answer, f"{kind.name} to a read-only disk", IOERR, Status.UNSUPP)
 
 
 @check(ZONED, destructive=True)
