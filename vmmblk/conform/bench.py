@@ -231,18 +231,22 @@ class Bench:
 
     # Requests.
 
-    def parcel(self, kind: int, sector: int = 0, data: bytes = b"", room: int = 0) -> Parcel:
-        """A request in memory: its type, its sector (512 bytes), what it carries, and bytes of room for an answer."""
+    def parcel(self, kind: int, sector: int = 0, data: bytes = b"", room: int = 0, *, bait: bool = False) -> Parcel:
+        """A request in memory: its type, its sector (512 bytes), what it carries, and bytes of room for an answer.
+
+        ``bait`` is a request that the device must not find: it may not write the answer.
+        """
         header = self.memory.place(REQUEST_HEADER.pack(kind, 0, sector) + data)
         answer = self.memory.place(_poison(room))
-        self.memory.allow(answer, room + 1)
+        if not bait:
+            self.memory.allow(answer, room + 1)
         return Parcel(header, REQUEST_HEADER.size + len(data), answer, room + 1)
 
-    def block(self, sector: int = 0) -> Parcel:
-        """A read of one logical block.  Raises NotTestable if the disk has none."""
+    def block(self, *, bait: bool = False) -> Parcel:
+        """A read of the first logical block.  Raises NotTestable if the disk has none."""
         if self.target.facts.capacity < self.target.block_sectors:
             raise NotTestable("the disk is empty")
-        return self.parcel(RequestType.IN, sector, room=self.target.facts.block_size)
+        return self.parcel(RequestType.IN, room=self.target.facts.block_size, bait=bait)
 
     def answer(self, parcel: Parcel) -> bytes:
         """What a request has read.  Raises StatusError unless its status is OK."""

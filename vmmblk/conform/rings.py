@@ -162,6 +162,15 @@ class Ring(ABC):
 
     @property
     @abstractmethod
+    def has_used(self) -> bool:
+        """Whether ``take`` would give something."""
+
+    @abstractmethod
+    def slot_ahead(self, steps: int) -> int:
+        """The address of the descriptor that is so many further than the one that is offered next."""
+
+    @property
+    @abstractmethod
     def notification_data(self) -> int:
         """What a doorbell says with NOTIFICATION_DATA: next_off and next_wrap."""
 
@@ -245,6 +254,15 @@ class SplitRing(Ring):
             return None
         self.taken += 1
         return self.used_element(self.taken - 1)
+
+    @property
+    def has_used(self) -> bool:
+        """Whether the used index has moved."""
+        return self.used_index != self.taken & 0xFFFF
+
+    def slot_ahead(self, steps: int) -> int:
+        """In the descriptor table."""
+        return self.desc + DESCRIPTOR_SIZE * ((self._slot + steps) % self.size)
 
     def take_batch(self, waiting: Sequence[int]) -> int:
         """One element stands for a batch: it names the last buffer of it, and the index goes on by as many."""
@@ -352,7 +370,7 @@ class PackedRing(Ring):
 
     def take(self) -> Used | None:
         """The next used descriptor.  Raises Broken if it has an id that is not in flight."""
-        if not self._in_flight or not self.is_used(self.taken):
+        if not self.has_used:
             return None
         _, length, link, flags = _DESC.unpack(self.slot(self.taken))
         lists = self._lists.get(link)
@@ -361,6 +379,15 @@ class PackedRing(Ring):
         self._in_flight -= 1
         self.taken = (self.taken + lists.pop(0)) % (2 * self.size)
         return Used(link, length, flags)
+
+    @property
+    def has_used(self) -> bool:
+        """Whether the next descriptor is marked used, and could be."""
+        return self._in_flight > 0 and self.is_used(self.taken)
+
+    def slot_ahead(self, steps: int) -> int:
+        """In the ring."""
+        return self.desc + DESCRIPTOR_SIZE * ((self.position + steps) % self.size)
 
     def take_batch(self, waiting: Sequence[int]) -> int:
         """One used descriptor stands for a batch: it names the last buffer of it, and the slots of all are skipped."""
