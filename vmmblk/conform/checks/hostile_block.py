@@ -318,9 +318,7 @@ def close_to_four_gigabytes(target: Target) -> None:
         try:
             answer = ask_chain(driver, chain, status)
         except TimeoutError:
-            raise NotTestable(
-                f"the disk takes more than {patience:g} s to read 4 GiB; give it more with --limit"
-            ) from None
+            raise NotTestable(f"reading 4 GiB takes the disk more than {patience:g} s, see --limit") from None
         expect_answer(answer, f"reading {_MANY} times {_MUCH} bytes", OK, IOERR)
 
 
