@@ -161,28 +161,3 @@ def configuration_changes(target: Target) -> None:
         expect_signal(line, target.options.timeout, "INTx is not asserted for a configuration change")
         isr = driver.pci.isr.read(0, 1)
         expect(isr & IsrStatus.CONFIG, f"INTx came for a configuration change, and the ISR reads {isr:#x}")
-
-
-@check()
-def writes_are_ignored(target: Target) -> None:
-    """A write to the ISR neither sets nor clears bits (HOSTILE-116)."""
-    with _by_line(target) as driver:
-        for value in (0xFF, 0):
-            driver.pci.isr.write(0, 1, value)
-            expect(not _shown(driver), f"{value:#x} written to the ISR shows as an interrupt")
-            _interrupt(target, driver)
-            driver.pci.isr.write(0, 1, value)
-            isr = driver.pci.isr.read(0, 1)
-            expect(isr == IsrStatus.QUEUE, f"the ISR had bit 0, and reads {isr:#x} after {value:#x} was written")
-
-
-@check()
-def wide_reads(target: Target) -> None:
-    """A read of more than a byte at the ISR returns and clears the byte; the rest reads 0 (HOSTILE-117)."""
-    with _by_line(target) as driver:
-        for width in (2, 4):
-            _interrupt(target, driver)
-            first, second = driver.pci.isr.read(0, width), driver.pci.isr.read(0, 1)
-            expect(
-                (first, second) == (IsrStatus.QUEUE, 0), f"{width} bytes at the ISR read {first:#x}, then {second:#x}"
-            )

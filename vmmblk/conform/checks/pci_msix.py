@@ -1,23 +1,16 @@
-"""MSI-X: its table, the vectors of events, and what else of PCI a driver may do to a live device."""
+"""MSI-X: its table, and which event raises which vector."""
 
 from __future__ import annotations
 
 import contextlib
-import struct
 import time
 from typing import TYPE_CHECKING
 
-from vmmblk.client.errors import RemoteError
 from vmmblk.client.interrupts import Interrupts
 from vmmblk.client.pci import PciDevice
 from vmmblk.client.wire import IrqIndex
 from vmmblk.conform.check import NotOffered, check, expect
 from vmmblk.conform.function import (
-    BUS_MASTER,
-    COMMAND,
-    MEMORY_SPACE,
-    any_interrupts,
-    ask,
     bars,
     bring_up,
     change_config,
@@ -33,7 +26,7 @@ from vmmblk.conform.function import (
     submit,
     vector_fields,
 )
-from vmmblk.spec import NO_VECTOR, CommonCfg, DeviceStatus
+from vmmblk.spec import NO_VECTOR, CommonCfg
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +34,6 @@ if TYPE_CHECKING:
     from vmmblk.client.driver import VirtioBlk
     from vmmblk.conform.target import Target
 
-_MSIX_ENABLE = 0x8000
 _VECTORS_LIMIT = 0x800
 _TRIED = 16  # vectors, and events, that are tried at most, beside the last
 _QUEUES = 4
@@ -157,16 +149,6 @@ def no_vectors_after_reset(target: Target) -> None:
 @check()
 def impossible_vectors(target: Target) -> None:
     """A vector that is not in the table is not mapped: the field reads NO_VECTOR (PCI-106, PCI-107)."""
-    _expect_refusals(target)
-
-
-@check()
-def vectors_beyond_the_table(target: Target) -> None:
-    """A vector beyond the table leaves the field at NO_VECTOR (HOSTILE-131)."""
-    _expect_refusals(target)
-
-
-def _expect_refusals(target: Target) -> None:
     with _by_vectors(target) as driver:
         negotiate(driver, target.mask())
         count = _vectors(driver)
@@ -296,101 +278,3 @@ def _look(target: Target, driver: VirtioBlk, queue: int = 0) -> None:
     while not driver.poll(queue):
         if time.monotonic() > deadline:
             raise TimeoutError("the device does not complete the request")
-
-
-# Hostile drivers.
-
-
-@check()
-def writes_to_pending_bits(target: Target) -> None:
-    """A write to the pending bits of MSI-X changes nothing (HOSTILE-133)."""
-    with _by_vectors(target) as driver:
-        _, (bar, place) = msix_ranges(driver.pci)
-        before = _read(driver, bar, place.start, len(place))
-        for value in (b"\xff", b"\0"):
-            with contextlib.suppress(RemoteError):
-                driver.connection.region_write(bar, place.start, value * len(place))
-            seen = _read(driver, bar, place.start, len(place))
-            expect(seen == before, f"the pending bits have changed after {value.hex()} was written there")
-        bring_up(driver, plain(target), [0], NO_VECTOR)
-        _use(target, driver)
-
-
-def _read(driver: VirtioBlk, bar: int, offset: int, length: int) -> bytes | None:
-    """Bytes of a BAR, or None if the server does not give them."""
-    try:
-        return driver.connection.region_read(bar, offset, length)
-    except RemoteError:
-        return None
-
-
-@check()
-def no_bus_master(target: Target) -> None:
-    """Without Bus Master Enable nothing is taken and no vector raised; with it again, service goes on (HOSTILE-134)."""
-    with target.connection() as connection:
-        mode = any_interrupts(connection)
-    with target.driver(features=plain(target), interrupts=mode) as driver:
-        ask(target, driver)
-        driver.take_interrupts()
-        command = driver.pci.config_field(COMMAND, 2)
-        driver.pci.config_write(COMMAND, struct.pack("<H", command & ~BUS_MASTER))
-        driver.queues[0].arm()
-        pending = submit(target, driver)
-        for _ in range(50):
-            ring(driver)
-            driver.device.get(CommonCfg.DEVICE_STATUS)
-        expect(not driver.poll(), "a request was served without Bus Master Enable")
-        if mode is Interrupts.MSIX:
-            expect(not driver.take_interrupts(), "a vector was raised without Bus Master Enable")
-        driver.pci.config_write(COMMAND, struct.pack("<H", command))
-        ring(driver)
-        driver.wait(pending).result()
-
-
-@check()
-def memory_space_and_moving_bars(target: Target) -> None:
-    """Memory space disabled, or a BAR moved, under a live device: put back, it serves (HOSTILE-135)."""
-    with target.driver(features=plain(target)) as driver:
-        ask(target, driver)
-        pci = driver.pci
-        command = pci.config_field(COMMAND, 2)
-        pci.config_write(COMMAND, struct.pack("<H", command & ~MEMORY_SPACE))
-        with contextlib.suppress(RemoteError):
-            driver.device.get(CommonCfg.DEVICE_STATUS)
-        for bar in bars(pci).values():
-            place = 0x10 + 4 * bar.number
-            was = pci.config_read(place, 4)
-            for address in (0xFEB00000, 0xFFFFFFFF, 0):
-                pci.config_write(place, struct.pack("<I", address))
-                with contextlib.suppress(RemoteError):
-                    driver.connection.region_read(bar.number, 0, 4)
-            pci.config_write(place, was)
-        pci.config_write(COMMAND, struct.pack("<H", command))
-        expect(DeviceStatus.NEEDS_RESET not in driver.status, "the device needs a reset")
-        ask(target, driver)
-
-
-@check()
-def function_reset(target: Target) -> None:
-    """DEVICE_RESET of a live device: clean registers, MSI-X and the command register off (HOSTILE-136)."""
-    with target.driver() as driver:
-        for _ in range(2):
-            ask(target, driver)
-            driver.connection.device_reset()
-            driver.forget()
-            status = driver.device.get(CommonCfg.DEVICE_STATUS)
-            expect(status == 0, f"the status reads {status:#x}")
-            for index in range(target.facts.queues):
-                size, enabled = driver.device.select_queue(index), driver.device.get(CommonCfg.QUEUE_ENABLE)
-                expect(not enabled, f"queue_enable of queue {index} reads {enabled}")
-                expect(size, f"queue_size of queue {index} reads 0")
-            command = driver.pci.config_field(COMMAND, 2)
-            expect(not command & (BUS_MASTER | MEMORY_SPACE), f"the command register reads {command:#x}")
-            if driver.pci.msix is not None:
-                control = driver.pci.config_field(driver.pci.msix.position + 2, 2)
-                expect(not control & _MSIX_ENABLE, f"MSI-X control reads {control:#x}")
-                for register, queue in vector_fields(driver):
-                    vector = _vector(driver, register, queue)
-                    expect(vector == NO_VECTOR, f"{_name(register, queue)} reads {vector:#x}")
-            driver.init()
-        ask(target, driver)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from vmmblk.client.errors import RemoteError
 from vmmblk.client.interrupts import Interrupts
 from vmmblk.client.pci import PciDevice
 from vmmblk.client.wire import Region
@@ -14,15 +13,12 @@ from vmmblk.conform.function import (
     VirtioCap,
     Window,
     ask,
-    bars,
     capabilities,
     expect_signal,
-    msix_ranges,
     negotiate,
     only,
     plain,
     require_intx,
-    require_msix,
     ring,
     submit,
 )
@@ -159,18 +155,6 @@ def a_copy_of_the_space(target: Target) -> None:
 
 
 @check()
-def bars_that_do_not_exist(target: Target) -> None:
-    """Aimed at a BAR that there is not, the window reads 0 and writes nothing (HOSTILE-126)."""
-    with target.driver(features=plain(target)) as driver:
-        exist, common = bars(driver.pci), _common(driver.pci)
-        for bar in (6, 7, 8, 0x80 | common.bar, 0x40 | common.bar, 8 | common.bar, 255, *range(6)):
-            if bar not in exist:
-                _expect_nothing(driver, bar, common.offset + CommonCfg.DEVICE_STATUS, 1)
-                _expect_nothing(driver, bar, common.offset, 4)
-        ask(target, driver)
-
-
-@check()
 def lengths_that_are_none(target: Target) -> None:
     """With length 0, 3, 5, 8 or 0xFFFFFFFF the window makes no access (HOSTILE-127)."""
     with _pending_isr(target) as driver:
@@ -189,76 +173,4 @@ def lengths_that_are_none(target: Target) -> None:
         seen = driver.pci.isr.read(0, 1)
         expect(seen & IsrStatus.QUEUE, "a read of a length that is none cleared the ISR")
         driver.poll()
-        ask(target, driver)
-
-
-@check()
-def misaligned_offsets(target: Target) -> None:
-    """An offset that is no multiple of the length: ignored, or aligned down (HOSTILE-128)."""
-    with target.driver(start=False) as driver:
-        negotiate(driver, target.mask())
-        common, window, device = _common(driver.pci), Window(driver.pci), driver.device
-        device.select_queue(0)
-        for length, slip in ((4, 1), (4, 2), (4, 3), (2, 1)):
-            device.set(CommonCfg.QUEUE_DESC, 0)
-            start = common.offset + CommonCfg.QUEUE_DESC
-            window.aim(common.bar, start + slip, length)
-            window.read()
-            window.write(0x1110000)
-            back = device.get(CommonCfg.QUEUE_DESC)
-            expect(back in (0, 0x1110000), f"written at +{slip}, length {length}, queue_desc became {back:#x}")
-    with target.driver() as driver:
-        ask(target, driver)
-
-
-@check()
-def offsets_beyond(target: Target) -> None:
-    """An offset beyond every structure, or beyond the BAR, reads 0 and writes nothing (HOSTILE-129)."""
-    with target.driver(features=plain(target)) as driver:
-        for bar in bars(driver.pci).values():
-            gap = _gap(driver.pci, bar.number, bar.size)
-            for offset in {bar.size, bar.size + 0x1000, 0x7FFFFFFC, 0xFFFFFFFC} | ({gap} if gap is not None else set()):
-                if offset >= bar.size or offset == gap:
-                    for length in (1, 2, 4):
-                        _expect_nothing(driver, bar.number, offset, length)
-        ask(target, driver)
-
-
-def _gap(pci: Function, bar: int, size: int) -> int | None:
-    """Four bytes of a BAR, the last ones, in which there is nothing."""
-    taken = [range(each.offset, each.offset + each.length) for each in capabilities(pci) if each.bar == bar]
-    taken += [place for place_bar, place in msix_ranges(pci) if place_bar == bar]
-    end = max((place.stop for place in taken), default=0)
-    return size - 4 if end <= size - 4 else None
-
-
-def _expect_nothing(driver: VirtioBlk, bar: int, offset: int, length: int) -> None:
-    """Nothing is behind the window, aimed so: it reads 0, and writing 0 does not reset a live device."""
-    window = Window(driver.pci)
-    where = f"offset {offset:#x} of BAR {bar}, length {length}"
-    window.aim(bar, offset, length)
-    with contextlib.suppress(RemoteError):
-        window.write(0, length)
-        expect(driver.status & DeviceStatus.DRIVER_OK, f"a write to {where}, reached the status")
-        seen = window.read(length)
-        expect(seen == 0, f"the window reads {seen:#x} from {where}")
-
-
-@check()
-def the_msix_table(target: Target) -> None:
-    """Aimed at the MSI-X table or pending bits, it does nothing, or what a direct access does (HOSTILE-130)."""
-    with target.connection() as connection:
-        require_msix(PciDevice(connection))
-    with target.driver(features=plain(target)) as driver:
-        window = Window(driver.pci)
-        for bar, place in msix_ranges(driver.pci):
-            for offset in (place.start, place.stop - 4):
-                window.aim(bar, offset, 4)
-                try:
-                    direct = int.from_bytes(driver.connection.region_read(bar, offset, 4), "little")
-                except RemoteError:
-                    direct = 0
-                seen = window.read()
-                expect(seen in (0, direct), f"at {offset:#x} of BAR {bar} the window reads {seen:#x}, not {direct:#x}")
-                window.write(direct)
         ask(target, driver)
