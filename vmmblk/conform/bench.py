@@ -191,8 +191,7 @@ class Bench:
         self, index: int = 0, *, size: int | None = None, areas: Sequence[int] | None = None, barely: bool = False
     ) -> Ring:
         """Set up a queue and enable it; ``size`` and ``areas`` are as for ``bench`` and ``Ring``."""
-        layout = PackedRing if self.has(Feature.RING_PACKED) else SplitRing
-        ring = layout(self.memory, index, self.device.queue_size(index, size), areas, barely=barely)
+        ring = self.layout(self.memory, index, self.device.queue_size(index, size), areas, barely=barely)
         self.rings[index] = ring
         notify_id = self.device.notify_id(index) if self.has(Feature.NOTIF_CONFIG_DATA) else index
         self._doorbells[index] = (self.device.notify_offset(index), notify_id)
@@ -207,6 +206,11 @@ class Bench:
     def go(self) -> None:
         """Set DRIVER_OK."""
         self.device.status |= DeviceStatus.DRIVER_OK
+
+    @property
+    def layout(self) -> type[SplitRing | PackedRing]:
+        """The ring format that was negotiated."""
+        return PackedRing if self.has(Feature.RING_PACKED) else SplitRing
 
     @property
     def split(self) -> SplitRing:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+from vmmblk.client.memory import PAGE
 from vmmblk.client.queue import Descriptor
 from vmmblk.conform.bench import MEMORY, bench
 from vmmblk.conform.check import expect
-from vmmblk.conform.rings import linked
+from vmmblk.conform.rings import PackedRing, linked
 from vmmblk.spec import DescFlag, Status
 
 if TYPE_CHECKING:
@@ -17,17 +18,30 @@ if TYPE_CHECKING:
     from vmmblk.conform.bench import Bench, Fate, Parcel
     from vmmblk.conform.target import Target
 
-__all__ = ["RACES", "expect_no_data", "flip", "pointer", "race"]
+__all__ = ["RACES", "areas", "expect_no_data", "flip", "pointer", "race"]
 
 RACES = 30
 """How often to try to catch the device between two looks."""
 
 _FLIPS = 20000
+_SLACK = 64
 
 
 def pointer(b: Bench, table: bytes, length: int | None = None) -> list[Descriptor]:
     """A chain of one indirect table, which says that it has ``length`` bytes."""
     return [Descriptor(b.memory.place(table), len(table) if length is None else length, DescFlag.INDIRECT)]
+
+
+def areas(b: Bench, size: int) -> list[int]:
+    """Three areas of a ring on pages of their own, zeroed, with a little more room than they take."""
+    places = []
+    for which, length in enumerate(b.layout.lengths(size)):
+        start = b.memory.space(length + 2 * _SLACK, PAGE)
+        b.memory.write(start, bytes(length + 2 * _SLACK))
+        if which == 2 or b.layout is PackedRing:
+            b.memory.allow(start, length + 2 * _SLACK)
+        places.append(start + _SLACK)
+    return places
 
 
 def expect_no_data(
