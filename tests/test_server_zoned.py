@@ -284,6 +284,20 @@ def test_requests_framed_at_odd_bytes_are_one_write(serve: Serve) -> None:
         assert v.read(start + 6143, 1024) == b"a" * 512 + b"b" * 512
 
 
+def test_requests_through_private_memory_run_at_the_same_time(serve: Serve) -> None:
+    """None of them waits for another while there is memory for all."""
+    disk = CachedDisk(8 * ZONE)
+    disk.bounce = True
+    disk.held.add("read")
+    with attach(serve(zoned(disk)).path) as v:
+        pending = [v.submit(RequestType.IN, 8 * index, data_in=4096) for index in range(8)]
+        v.kick()
+        disk.wait_for("read", 8)
+        disk.release()
+        for each in pending:
+            v.wait(each).result()
+
+
 def test_a_read_only_zoned_disk(serve: Serve) -> None:
     """HOSTILE-162: zones are reported, and every change is an I/O error."""
     with attach(serve(ReadOnly(zoned())).path) as v:
