@@ -1,0 +1,35 @@
+"""``vmmblk conform`` against ``vmmblk serve``: every check passes where it applies, and applies somewhere."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+from conformance.setups import SETUPS, serving
+
+from vmmblk.conform.check import Outcome, checks
+from vmmblk.conform.runner import Result, run
+
+
+@functools.cache
+def results(setup: str) -> list[Result]:
+    """What every check comes to with the device set up so."""
+    with tempfile.TemporaryDirectory() as folder, serving(setup, Path(folder)) as (served, options):
+        found = list(run(served.socket, options, checks()))
+        assert served.stop() == 0, served.log
+    return found
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_nothing_is_broken_and_nothing_differs(setup: str) -> None:
+    """Each check passes, or is about what this device does not offer."""
+    wrong = [each for each in results(setup) if each.outcome in (Outcome.BROKEN, Outcome.OPEN)]
+    assert not wrong, "\n".join(f"{each.name}: {each.outcome.value}: {each.detail}" for each in wrong)
+
+
+def test_every_check_passes_somewhere() -> None:
+    """None is left that no setup offers what it needs."""
+    passed = {each.check.name for setup in SETUPS for each in results(setup) if each.outcome is Outcome.PASSED}
+    assert {each.name for each in checks()} == passed
