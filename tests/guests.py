@@ -68,9 +68,9 @@ def boot(command: str, *arguments: str, timeout: float = 120, **setup: Any) -> R
     return result
 
 
-def make_boot_disk(path: Path) -> None:
+def make_boot_disk(path: Path, sector_size: int = 512) -> None:
     """Makes a raw image that SeaBIOS and OVMF can boot; see qemu-scripts/make-boot-disk."""
-    subprocess.run([_SCRIPTS / "make-boot-disk", path], check=True)
+    subprocess.run([_SCRIPTS / "make-boot-disk", "--sector-size", str(sector_size), path], check=True)
 
 
 def make_image(path: Path, size: int) -> Path:
