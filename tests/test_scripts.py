@@ -13,7 +13,7 @@ from guests import NO_STATUS, TIMED_OUT, CommandOutput, boot, make_boot_disk, sc
 if TYPE_CHECKING:
     from pathlib import Path
 
-GETTERS = ["get-guest", "get-libvfio-user", "get-qemu"]
+GETTERS = ["get-firmware", "get-guest", "get-libvfio-user", "get-qemu"]
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
