@@ -30,7 +30,25 @@ if TYPE_CHECKING:
     from vmmblk.client.driver import VirtioBlk
     from vmmblk.conform.target import Target
 
-__all__ = ["ACTIVE", "OPEN_STATES", "SEQUENTIAL", "Model", "Zone", "ZoneState", "ZoneType", "Zones", "report", "zoned"]
+__all__ = [
+    "ACTIVE",
+    "OPEN_STATES",
+    "SEQUENTIAL",
+    "Model",
+    "Zone",
+    "ZoneState",
+    "ZoneType",
+    "Zones",
+    "descriptors",
+    "expect_same",
+    "expect_zone",
+    "limit",
+    "model",
+    "report",
+    "reports",
+    "zone_sectors",
+    "zoned",
+]
 
 _REPORT = 256
 """How many zones are asked for at a time, and"""
@@ -103,13 +121,20 @@ def model(driver: VirtioBlk) -> Model:
     return Model(found)
 
 
+def zone_sectors(driver: VirtioBlk) -> int:
+    """The size of a zone, sectors of 512 bytes.  Raises Broken if it is 0."""
+    found = field(driver, BlkConfig.ZONE_SECTORS)
+    expect(found, "zone_sectors is 0")
+    return found
+
+
 def report(driver: VirtioBlk) -> list[Zone]:
     """Every zone of the disk, from the first on, or as many as are ever looked at.
 
     Raises Broken if the reports do not lead on.
     """
     zones: list[Zone] = []
-    size = max(field(driver, BlkConfig.ZONE_SECTORS), 1)
+    size = zone_sectors(driver)
     while len(zones) < _MOST and len(zones) * size < driver.capacity:
         more = [Zone(*each) for each in driver.zone_report(len(zones) * size, _REPORT)]
         if not more:

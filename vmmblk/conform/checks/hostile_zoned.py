@@ -17,6 +17,7 @@ from vmmblk.conform.zones import (
     model,
     report,
     reports,
+    zone_sectors,
     zoned,
 )
 from vmmblk.spec import (
@@ -61,7 +62,7 @@ def commands_within_a_zone(target: Target) -> None:
 def commands_past_the_end(target: Target) -> None:
     """Zone requests of sectors behind the disk get ZONE_INVALID_CMD (HOSTILE-189)."""
     with zoned(target) as z:
-        size = field(z.driver, BlkConfig.ZONE_SECTORS)
+        size = zone_sectors(z.driver)
         behind = -(-z.driver.capacity // size) * size
         before = report(z.driver)
         for sector in (behind, behind + size, 1 << 40, 1 << 55, 1 << 63, (1 << 64) - size, (1 << 64) - 1):
@@ -94,7 +95,7 @@ def reports_with_room(target: Target) -> None:
     """A report with more room than there are zones has those that exist (HOSTILE-191)."""
     with target.driver() as driver:
         model(driver)
-        size = field(driver, BlkConfig.ZONE_SECTORS)
+        size = zone_sectors(driver)
         answer, count = reports(driver, driver.capacity - 1, _HEADER + 64 * _DESCRIPTOR)
         expect_answer(answer, "a report from the last zone on", OK)
         expect(count == 1, f"a report from the last zone on has {count} zones")

@@ -17,6 +17,7 @@ from vmmblk.conform.zones import (
     model,
     report,
     reports,
+    zone_sectors,
 )
 from vmmblk.spec import (
     SECTOR_SIZE,
@@ -125,9 +126,8 @@ def fields_are_valid(target: Target) -> None:
     """zone_sectors and max_append_sectors are sectors, write_granularity is bytes; zones are told (BLK-018, 023)."""
     with target.driver() as driver:
         model(driver)
-        size, granularity = field(driver, BlkConfig.ZONE_SECTORS), field(driver, BlkConfig.WRITE_GRANULARITY)
+        size, granularity = zone_sectors(driver), field(driver, BlkConfig.WRITE_GRANULARITY)
         appends = field(driver, BlkConfig.MAX_APPEND_SECTORS)
-        expect(size > 0, "zone_sectors is 0")
         whole = granularity > 0 and granularity % SECTOR_SIZE == 0 and granularity <= size * SECTOR_SIZE
         expect(whole, f"write_granularity is {granularity} bytes, a zone has {size} sectors")
         expect(appends <= size, f"max_append_sectors is {appends}, a zone has {size} sectors")
@@ -175,7 +175,7 @@ def zones_have_one_size(target: Target) -> None:
     """Zones follow each other zone_sectors apart, and end with the disk (BLK-042, 101)."""
     with target.driver() as driver:
         model(driver)
-        size, zones = field(driver, BlkConfig.ZONE_SECTORS), report(driver)
+        size, zones = zone_sectors(driver), report(driver)
         for number, zone in enumerate(zones):
             expect(zone.start == number * size, f"zone {number} of {size:#x} sectors starts at {zone.start:#x}")
         expect(zones[-1].start < driver.capacity, f"a zone starts at {zones[-1].start:#x}, behind the end")
@@ -186,7 +186,7 @@ def report_begins_where_it_is_asked_to(target: Target) -> None:
     """A report begins with the zone that holds the sector, be it its first or not (BLK-098)."""
     with target.driver() as driver:
         model(driver)
-        size = field(driver, BlkConfig.ZONE_SECTORS)
+        size = zone_sectors(driver)
         last = (driver.capacity - 1) // size
         for sector in (0, size - 1, last * size, driver.capacity - 1):
             starts = [zone[1] for zone in driver.zone_report(sector, 1)]
@@ -198,7 +198,7 @@ def report_has_what_fits(target: Target) -> None:
     """A report is a header and descriptors of 64 bytes, and nr_zones counts those that are whole (BLK-099, 100)."""
     with target.driver() as driver:
         model(driver)
-        size = field(driver, BlkConfig.ZONE_SECTORS)
+        size = zone_sectors(driver)
         exist = -(-driver.capacity // size)
         for fit in (1, 2, 3):
             for extra in (0, _DESCRIPTOR // 2):
@@ -278,7 +278,7 @@ def sequential_zones_have_a_pointer(target: Target) -> None:
 def _zones(target: Target) -> tuple[int, list[Zone]]:
     with target.driver() as driver:
         model(driver)
-        return field(driver, BlkConfig.ZONE_SECTORS), report(driver)
+        return zone_sectors(driver), report(driver)
 
 
 def _first(bad: list[Zone]) -> str:

@@ -16,6 +16,7 @@ from vmmblk.conform.zones import (
     expect_zone,
     model,
     report,
+    zone_sectors,
     zoned,
 )
 from vmmblk.spec import SECTOR_SIZE, ZONE_APPEND_SECTOR, BlkConfig, Feature, RequestType, Status
@@ -132,7 +133,7 @@ def no_request_spans_zones(target: Target) -> None:
     """A read or write that spans zones gets ZONE_INVALID_CMD (BLK-131, HOSTILE-197)."""
     with zoned(target, 1, REQUIRED) as z:
         (zone,) = z.mine
-        size = field(z.driver, BlkConfig.ZONE_SECTORS)
+        size = zone_sectors(z.driver)
         if zone.start + 2 * size > z.driver.capacity:
             raise NotTestable("takes two zones of full size")
         following = Zone(*z.driver.zone_report(zone.start + size, 1)[0])
@@ -403,7 +404,7 @@ def erase_is_aligned_to_zones(target: Target) -> None:
     with target.driver() as driver:
         model(driver)
         alignment = field(driver, BlkConfig.SECURE_ERASE_SECTOR_ALIGNMENT)
-        size = field(driver, BlkConfig.ZONE_SECTORS)
+        size = zone_sectors(driver)
         aligned = alignment and alignment % size == 0
         expect(aligned, f"secure_erase_sector_alignment is {alignment}, zone_sectors {size}")
 
@@ -413,7 +414,7 @@ def erase_is_of_whole_zones(target: Target) -> None:
     """SECURE_ERASE of what is no whole zone is refused (BLK-141)."""
     with zoned(target) as z:
         zone = z.bring(z.mine[0], ZoneState.IMPLICIT_OPEN)
-        size = field(z.driver, BlkConfig.ZONE_SECTORS)
+        size = zone_sectors(z.driver)
         for sector, sectors in ((zone.start, z.unit), (zone.start, size - z.unit), (zone.start + z.unit, size)):
             answer = ask(z.driver, RequestType.SECURE_ERASE, 0, segments((sector, sectors)))
             case = f"SECURE_ERASE of {sectors:#x} sectors from {sector:#x} on"
@@ -427,7 +428,7 @@ def erase_resets_zones(target: Target) -> None:
     with zoned(target, 2) as z:
         for state in (ZoneState.IMPLICIT_OPEN, ZoneState.FULL):
             first, second = (z.bring(zone, state) for zone in z.mine)
-            size = field(z.driver, BlkConfig.ZONE_SECTORS)
+            size = zone_sectors(z.driver)
             if first.start + size > z.driver.capacity or field(z.driver, BlkConfig.MAX_SECURE_ERASE_SECTORS) < size:
                 raise NotTestable("takes zones that can be erased whole")
             answer = ask(z.driver, RequestType.SECURE_ERASE, 0, segments((first.start, size)))
