@@ -133,7 +133,7 @@ class Bait:
     """A request that lies in the ring before the device may take it.
 
     It is of no known type, so that its status tells if the device took it as it was; ``ripen`` makes it a read of the
-    first block, which it is from the start if it is ``ripe``.  Raises NotTestable if there is no block.
+    first block, which it is from the start if it is ``ripe``.  Raises NotTestable if there is no block, or no room.
     """
 
     def __init__(self, target: Target, driver: VirtioBlk, queue: int = 0, *, ripe: bool = False) -> None:
@@ -141,7 +141,10 @@ class Bait:
             raise NotTestable("the disk is empty")
         self._driver = driver
         kind = RequestType.IN if ripe else _UNKNOWN_TYPE
-        self.pending = driver.submit(kind, 0, data_in=target.facts.block_size, queue=queue)
+        try:
+            self.pending = driver.submit(kind, 0, data_in=target.facts.block_size, queue=queue)
+        except QueueFull as full:
+            raise NotTestable(str(full)) from full
         driver.queues[queue].arm()
         driver.queues[queue].publish()
 
@@ -258,10 +261,16 @@ def until(driver: VirtioBlk, done: Callable[[], object], seen: str, timeout: flo
         driver.device.get(CommonCfg.DEVICE_STATUS)
 
 
-def fence(driver: VirtioBlk) -> None:
-    """Let the device answer register reads, so that it has seen every write before, and has had its turn."""
-    for _ in range(_TURNS):
+def fence(driver: VirtioBlk, seconds: float = 0.0) -> None:
+    """Let the device answer register reads, so that it has seen every write before, and has had its turn.
+
+    For ``seconds`` at least, where the device is known to have needed that long for what it might do now.
+    """
+    end = time.monotonic() + seconds
+    turns = 0
+    while turns < _TURNS or time.monotonic() < end:
         driver.device.get(CommonCfg.DEVICE_STATUS)
+        turns += 1
 
 
 def fence_after_reset(target: Target, driver: VirtioBlk) -> None:

@@ -351,13 +351,12 @@ def an_event_is_waited_for(target: Target) -> None:
     with small(target) as driver:
         driver.device.get(CommonCfg.DEVICE_STATUS)
         driver.take_interrupts()
-        if driver.queues[0].room < 9:
-            raise NotTestable(f"the queue has only {driver.queues[0].size} descriptors")
-        driver.queues[0].arm(3)
-        for _ in range(3):
+        count = max(1, min(3, driver.queues[0].room // 3))
+        driver.queues[0].arm(count)
+        for _ in range(count):
             driver.submit(RequestType.IN, 0, data_in=target.facts.block_size)
             driver.kick(force=True)
-        until(driver, driver.take_interrupts, "three requests are used, and the interrupt for the third does not come")
+        until(driver, driver.take_interrupts, f"the interrupt for request {count} does not come")
 
 
 # The inside.

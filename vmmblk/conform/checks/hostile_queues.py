@@ -32,6 +32,18 @@ def odd_size(target: Target) -> None:
 
 
 @check()
+def size_that_is_shown(target: Target) -> None:
+    """Without RING_PACKED queue_size never reads anything but 0 and powers of two, whatever is written (PCI-042)."""
+    with small(target, features=target.mask(without=(Feature.RING_PACKED,))) as driver:
+        negotiate(driver)
+        driver.device.set(CommonCfg.QUEUE_SELECT, 0)
+        for size in (3, 6, target.facts.queue_size - 1, 0xFFFF):
+            driver.device.set(CommonCfg.QUEUE_SIZE, size)
+            shown = driver.device.get(CommonCfg.QUEUE_SIZE)
+            expect(shown.bit_count() <= 1, f"queue_size reads {shown} after {size} was written")
+
+
+@check()
 def size_0(target: Target) -> None:
     """A queue size of 0 is ignored, or the queue is not started (HOSTILE-063)."""
     with small(target) as driver:

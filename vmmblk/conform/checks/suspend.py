@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from vmmblk.conform.check import NotTestable, check, expect
@@ -93,6 +94,9 @@ def everything_is_settled_before(target: Target) -> None:
     """What was taken is used and notified before the device shows that it is suspended (SUSPEND-005 to 007)."""
     with small(target) as driver:
         for _ in range(_ROUNDS):
+            began = time.monotonic()
+            driver.wait_all(busy(target, driver))
+            usual = time.monotonic() - began
             fence(driver)
             driver.take_interrupts()
             pending = busy(target, driver)
@@ -101,9 +105,8 @@ def everything_is_settled_before(target: Target) -> None:
             watch = Watch(driver, ranges=[*areas(driver.queues[0]), *answers(pending)])
             done = driver.poll()
             expect(told or not done, f"{done} requests are used and the device is suspended without having notified")
-            fence(driver)
             driver.ring_doorbell()
-            fence(driver)
+            fence(driver, 2 * usual)  # what was taken and is still under way would have ended by then
             watch.quiet("after the device showed that it is suspended")
             driver.init()
 
