@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from vmmblk.client.queue import Descriptor
@@ -27,6 +28,7 @@ __all__ = [
     "header_not_read",
     "long_chain",
     "reads_framed",
+    "require_storage",
     "served_full",
     "treadmill",
     "writes_framed",
@@ -41,15 +43,18 @@ _PATTERN = bytes((7 * n + (n >> 8)) & 0xFF for n in range(4096))
 
 
 def furnished(b: Bench) -> bytes:
-    """What the first logical block holds: bytes that all differ from their neighbours, where it may be written."""
-    unit = b.target.facts.block_size
-    try:
+    """What the first logical block holds: bytes that all differ from their neighbours, where it can be written."""
+    with contextlib.suppress(NotOffered, NotTestable):
         b.target.room(b.target.block_sectors)
-    except (NotOffered, NotTestable):
-        return b.call(b.block())
-    pattern = (_PATTERN * (unit // len(_PATTERN) + 1))[:unit]
-    b.call(b.parcel(RequestType.OUT, 0, pattern))
-    return pattern
+        b.call(b.parcel(RequestType.OUT, 0, _pattern(b)))
+    return b.call(b.block())
+
+
+def require_storage(b: Bench) -> None:
+    """Raise NotOffered or NotTestable unless the first block keeps what is written to it."""
+    b.target.room(b.target.block_sectors)
+    if furnished(b) != _pattern(b):
+        raise NotTestable("the disk does not keep what is written")
 
 
 def reads_framed(b: Bench) -> None:
@@ -66,11 +71,11 @@ def reads_framed(b: Bench) -> None:
 
 def writes_framed(b: Bench) -> None:
     """Write a block with header and data cut and joined in many ways; it reads back."""
-    b.target.room(b.target.block_sectors)
+    require_storage(b)
     n, header = b.target.facts.block_size, REQUEST_HEADER.size
     framings = [(n + header,), (3,), (header,), (header + 1,), (header, n - 1), (header + n - 5,), (10, 6, n // 2 + 1)]
     for turn, sizes in enumerate(framings):
-        data = bytes((byte + turn) & 0xFF for byte in (_PATTERN * (n // len(_PATTERN) + 1))[:n])
+        data = bytes((byte + turn + 1) & 0xFF for byte in _pattern(b))
         parcel = b.parcel(RequestType.OUT, 0, data)
         if len(parcel.elements(*sizes)) <= b.rings[0].size:
             b.call(parcel, sizes=sizes)
@@ -170,3 +175,8 @@ def data_not_read(target: Target, *, packed: bool = False) -> None:
         fate = b.fate_of(linked(header, Descriptor(place, len(data), DescFlag.WRITE), status))
     with bench(target, packed=packed) as b:
         expect(b.call(b.block()) != data, f"what a writable element held was written to the disk: {fate}")
+
+
+def _pattern(b: Bench) -> bytes:
+    unit = b.target.facts.block_size
+    return (_PATTERN * (unit // len(_PATTERN) + 1))[:unit]

@@ -15,7 +15,7 @@ from vmmblk.conform.bench import MEMORY, bench
 from vmmblk.conform.check import Harm, NotOffered, NotTestable, check, expect
 from vmmblk.conform.hostile import RACES, expect_no_data, flip, pointer, race
 from vmmblk.conform.rings import AVAIL, USED, linked
-from vmmblk.conform.traffic import furnished
+from vmmblk.conform.traffic import furnished, require_storage
 from vmmblk.spec import DISCARD_SEGMENT, REQUEST_HEADER, DescFlag, Feature, PciCapType, RequestType
 
 if TYPE_CHECKING:
@@ -407,6 +407,7 @@ def segments_that_change(target: Target) -> None:
     kind = RequestType.WRITE_ZEROES if target.offers(Feature.BLK_WRITE_ZEROES) else RequestType.DISCARD
     pattern = bytes(range(256)) * (4 * target.facts.block_size // 256)
     with bench(target, size=64) as b:
+        require_storage(b)
         b.call(b.parcel(RequestType.OUT, 0, pattern))
         ranges = [DISCARD_SEGMENT.pack(0, blocks, 0), DISCARD_SEGMENT.pack(2 * blocks, 0xFFFF_FFFF, 0)]
         for _ in range(RACES):

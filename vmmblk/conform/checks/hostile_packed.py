@@ -11,7 +11,7 @@ from vmmblk.conform.check import NotTestable, check, expect
 from vmmblk.conform.hostile import areas, pointer, race
 from vmmblk.conform.rings import linked
 from vmmblk.conform.traffic import UNKNOWN_TYPE
-from vmmblk.spec import REQUEST_HEADER, SECTOR_SIZE, CommonCfg, DescFlag, Feature, RequestType, Status
+from vmmblk.spec import REQUEST_HEADER, SECTOR_SIZE, DescFlag, Feature, RequestType, Status
 
 if TYPE_CHECKING:
     from vmmblk.conform.bench import Bench
@@ -167,7 +167,7 @@ _REFUSED, _SERVED, _TOO_LATE = range(3)
 
 
 def _run_into_flight(b: Bench) -> int:
-    """Fill half the ring with long reads and, while they are in flight, offer a list longer than what is left.
+    """Fill half the ring with reads and, while they are in flight, offer a list longer than what is left.
 
     Its last descriptors lie where used ones of the reads are to come: a device that waits for those finds it broken.
     """
@@ -175,16 +175,22 @@ def _run_into_flight(b: Bench) -> int:
     b.needs(64)
     room = max(min(_MUCH, b.target.facts.capacity * SECTOR_SIZE) // unit, 1) * unit
     long_read = b.parcel(RequestType.IN, room=room).chain(REQUEST_HEADER.size)
-    parcel, half = b.block(), ring.size // 2
-    chain = parcel.chain(REQUEST_HEADER.size, *[1] * (half + _TAIL - 2))
-    for _ in range(half // 2):
-        ring.offer(long_read, publish=False)
+    half, witness, parcel = ring.size // 2, b.block(), b.block()
+    first, *others = parcel.chain(REQUEST_HEADER.size, *[1] * (half + _TAIL - 2))
+    for step, each in enumerate(others[:-_TAIL], 1):
+        ring.store(half + step, each._replace(flags=each.flags | ring.marks(half + step), next=0))
+    reads = [b.block().chain(REQUEST_HEADER.size) for _ in range(_TAIL // 2)] + [witness.chain(REQUEST_HEADER.size)]
+    for chain in reads + [long_read] * (half // 2 - len(reads)):
+        ring.offer(chain, publish=False)
     ring.publish()
     b.kick()
-    b.device.get(CommonCfg.DEVICE_STATUS)
+    # reads are begun in the order of the ring: those whose slots are stored over have been taken
+    b.until(lambda: not b.untouched(witness), b.patience)
     if ring.is_used(0):
         return _TOO_LATE
-    ring.offer(chain)
+    for step, each in enumerate(others[-_TAIL:]):
+        ring.store(step, each._replace(flags=each.flags | ring.marks(ring.size + step), next=0))
+    ring.store(half, first._replace(flags=first.flags | ring.marks(half), next=0))
     late = ring.is_used(_TAIL)
     b.kick()
     came = b.until(lambda: b.needs_reset or b.status_of(parcel) != UNSET_STATUS, b.patience)
