@@ -1,4 +1,4 @@
-"""Run in a guest whose kernel has null_blk (see zoned_guests.py): zoned disks of a host, served, used and judged.
+"""Run in a guest that makes zoned disks itself (see zoned_guests.py): zoned disks of a host, served, used and judged.
 
 What is wrong ends it with a traceback.
 """
@@ -151,8 +151,9 @@ def main() -> None:
     assert zone_model(small) is ZoneModel.HOST_MANAGED
     use(small, "small")
     (DISKS / "small" / "power").write_text("0\n")
-    for name, settings in (("limited", {"blocksize": 512, "zone_max_open": 3}), ("big", {"blocksize": 4096})):
-        disk = make_disk(name, **settings)
+    (scsi,) = Path("/sys/bus/pseudo/drivers/scsi_debug/adapter0").glob("host*/target*/*/block/*")
+    limited = make_disk("limited", blocksize=512, zone_max_open=3, zone_max_active=4)
+    for disk in (limited, make_disk("big", blocksize=4096), Path("/dev") / scsi.name):
         asyncio.run(check_block(lambda disk=disk: ZonedDevice.open(disk), persistent=True))
 
 

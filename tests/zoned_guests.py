@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 _REPOSITORY = scripts().parent
 _ROOT = "host"  # where in the guest all of it lies, under the names that it has here
+_SCSI_DISK = "zbc=managed dev_size_mb=32 zone_size_mb=2 zone_cap_mb=1 zone_nr_conv=2 zone_max_open=3 delay=0"
 _NOT_NEEDED = re.compile(r"/(test|tests|idlelib|lib2to3|ensurepip|pydoc_data|distutils|tkinter|config-[^/]*)/")
 
 
 def run_in_guest(program: Path, folder: Path, *, timeout: float) -> Result:
-    """Boots a guest with null_blk and runs a Python program in it that has vmmblk; ``folder`` is for what it boots.
+    """Boots a guest and runs a Python program in it that has vmmblk; ``folder`` is for what it boots.
 
-    The program finds what lies beside it, and a configfs in /sys/kernel/config.
+    The program finds what lies beside it, null_blk in the configfs of /sys/kernel/config, and a zoned SCSI disk.
     """
     script = subprocess.run([scripts() / "get-zoned-host"], stdout=subprocess.PIPE, text=True, check=True)
     zoned_host = Path(script.stdout.splitlines()[-1])
@@ -45,8 +46,12 @@ def run_in_guest(program: Path, folder: Path, *, timeout: float) -> Result:
     paths = ":".join(str(path) for path in (_REPOSITORY, program.parent, sysconfig.get_path("purelib")))
     command = f"""set -e
         while read -r module; do
-            insmod "/$module" $(test "${{module##*/}}" != null_blk.ko || echo nr_devices=0)
-        done </lib/modules/null-blk
+            case $module in
+            */null_blk.ko) insmod "/$module" nr_devices=0 ;;
+            */scsi_debug.ko) insmod "/$module" {_SCSI_DISK} ;;
+            *) insmod "/$module" ;;
+            esac
+        done </lib/modules/zoned-disks
         for place in proc sys dev tmp; do
             mount --rbind /$place /{_ROOT}/$place
         done

@@ -13,14 +13,16 @@ from initramfs import Archive, Modules
 
 
 def main(kernel: Path, output: Path) -> None:
-    """Writes the archive: qemu_fw_cfg, which init reads its command with, and null_blk to be loaded by hand."""
+    """Writes the archive: what init reads its command with, and what makes zoned disks, to be loaded by hand."""
     modules, archive = Modules(kernel), Archive()
-    at_once = modules.ordered(["qemu_fw_cfg"])
-    null_blk = modules.ordered(["null_blk"])
-    for name in {**dict.fromkeys(at_once), **dict.fromkeys(null_blk)}:
+    lists = {
+        "at-once": modules.ordered(["qemu_fw_cfg"]),
+        "zoned-disks": modules.ordered(["null_blk", "sd_mod", "scsi_debug"]),
+    }
+    for name in {name: None for names in lists.values() for name in names}:
         archive.file(f"lib/modules/{name}.ko", modules.data(name), 0o644)
-    for list_, names in (("at-once", at_once), ("null-blk", null_blk)):
-        archive.file(f"lib/modules/{list_}", "".join(f"lib/modules/{name}.ko\n" for name in names).encode(), 0o644)
+    for file, names in lists.items():
+        archive.file(f"lib/modules/{file}", "".join(f"lib/modules/{name}.ko\n" for name in names).encode(), 0o644)
     output.write_bytes(archive.end())
 
 

@@ -221,7 +221,9 @@ class ZonedDevice(Block):
 
     def report_zones(self, sector_start: int, count: int) -> list[Zone]:
         """The zones as the disk tells of them now.  Raises: OSError."""
-        return self._zones.report(sector_start, min(count, len(self._types)))
+        # from the start of the zone: behind the capacity of a SCSI disk's zone lies another, which Linux skips
+        first = sector_start - sector_start % self._zoning.zone_sectors
+        return self._zones.report(first, min(count, len(self._types)))
 
     def open_zone(self, sector_start: int) -> None:
         """Open explicitly.  Raises: ZoneInvalidCommand, ZoneOpenResource, ZoneActiveResource, OSError."""
