@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GETTERS = ["get-firmware", "get-guest", "get-libvfio-user", "get-qemu"]
+OTHERS = ["demo", "guest", "make-boot-disk", "../tests/guest-matrix", "../tests/run"]
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,7 +22,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([scripts() / script, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("script", [*GETTERS, "demo", "guest", "make-boot-disk", "../tests/run"])
+@pytest.mark.parametrize("script", [*GETTERS, *OTHERS])
 def test_help(script: str) -> None:
     """--help tells how the script is used, on standard output, and does nothing else."""
     result = run(script, "--help")
