@@ -109,7 +109,8 @@ _Structure(0x6000, self._msix_entries_size, self._read_msix_table, self._write_m
 
 ONE_DOORBELL = Layout(
     # 32-bit BAR 0, all in one page; the MSI-X table in BAR 5, its pending bits in the middle of BAR 3; one doorbell for
-    # all queues (multiplier 0); what is not offered reads back, to be refused with FEATURES_OK
+    # all queues (multiplier 0); what is not offered reads back, to be refused with FEATURES_OK; and registers that tell
+    # of an administration queue
     "one doorbell",
     (
         (PCI, _BARS, _bars(5, 3, 0)),
@@ -131,6 +132,13 @@ ONE_DOORBELL = Layout(
         ),
         (SERVER, "doorbell_bar=VIRTIO_BAR", "doorbell_bar=9"),
         (SERVER, "doorbell_stride=NOTIFY_MULTIPLIER", "doorbell_stride=4"),
+        (
+            DEVICE,
+            "        Feature.SUSPEND: True,\n",
+            "        Feature.SUSPEND: True,\n        Feature.ADMIN_VQ: True,\n",
+        ),
+        (DEVICE, "0,  # admin_queue_index", "self.config.queues,"),
+        (DEVICE, "0,  # admin_queue_num", "1,"),
         (DEVICE, "(value << 32 * select & self.config.features)", "(value << 32 * select)"),
         (
             DEVICE,
@@ -144,7 +152,12 @@ ONE_DOORBELL = Layout(
         ),
     ),
     ("--queues", "3"),
-    ("pci_common.mirrored_features_are_refused", "pci_notify.one_doorbell_for_all"),
+    (
+        "features.admin_vq_announces_queues",
+        "pci_common.admin_queues",
+        "pci_common.mirrored_features_are_refused",
+        "pci_notify.one_doorbell_for_all",
+    ),
 )
 
 LAYOUTS = (CROWDED, ONE_DOORBELL)
