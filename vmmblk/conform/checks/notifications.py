@@ -25,8 +25,12 @@ _GARBAGE = 0x5A5A
 @check()
 def used_buffers_interrupt_their_vector(target: Target) -> None:
     """Used buffers are notified by the vector of their queue and by no other one (NOTE-001, NOTE-002)."""
-    with small(target, queues=_several(target)) as driver, eventfds(driver.connection) as lines:
+    with target.driver(start=False, interrupts=Interrupts.POLL) as driver:
         require_msix(driver.pci)
+    with (
+        small(target, queues=_several(target), interrupts=Interrupts.MSIX) as driver,
+        eventfds(driver.connection) as lines,
+    ):
         count = min(len(driver.queues), len(lines) - 1)
         if count < 1:
             raise NotOffered("the device has a single MSI-X vector")
