@@ -224,17 +224,17 @@ MUTANTS = [
         REQUEST,
     ),
     Mutant(
-        "HOSTILE-178 the end of a segment wraps",
+        "HOSTILE-178 segments past the end are left out",
         "vmmblk/request.py",
-        "if sector + sectors > end:",
-        "if (sector + sectors) % (1 << 64) > end:",
+        "    if sector + sectors > end:\n        raise",
+        "    if sector + sectors > end:\n        return Range(0, 0)\n        raise",
         REQUEST,
     ),
     Mutant(
-        "HOSTILE-152 reads of part of a sector are served",
+        "HOSTILE-152 part of a sector is not supported",
         "vmmblk/request.py",
-        "if (sector * SECTOR_SIZE | writable) % limits.sector_size:",
-        "if sector * SECTOR_SIZE % limits.sector_size:",
+        "limits: Limits, status: Status = Status.IOERR",
+        "limits: Limits, status: Status = Status.UNSUPP",
         REQUEST,
     ),
     Mutant(
@@ -271,7 +271,7 @@ MUTANTS = [
         "if not (self._connected and self._read_write):\n            return",
         "if not self._connected:\n            return",
         "tests/test_filters.py tests/test_block_contract.py",
-        "read-only",
+        "says it is read-only",
     ),
     # zones
     Mutant(

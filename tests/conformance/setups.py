@@ -25,8 +25,10 @@ SETUPS = {
     "everything": ["--queues", "4", "--features", EXTRAS, DISK],
     "in order": ["--queues", "2", "--queue-size", "16", "--features", f"in_order=on,{EXTRAS}", DISK],
     "read-only": ["--read-only", "memory:16M"],
-    "4096": ["--block-size", "4096", "--cache", "writethrough", "memory:16M"],
+    "says it is read-only": [DISK, "read_write=off"],
+    "4096": ["--cache", "writethrough", DISK, "sector_size=4096"],
     "zoned": ["--filter", "zoned:zone_size=1M,zone_capacity=768K,conventional=2,max_open=4,max_active=6", "memory:16M"],
+    "failed zones": ["conform_zones.py"],
 }
 
 
@@ -35,10 +37,10 @@ def serving(setup: str, folder: Path, tree: Path = TESTS.parent) -> Iterator[tup
     """``vmmblk serve``, of the sources in ``tree``, set up so, and how to check it; ``folder`` is for its files."""
     control = folder / "control"
     control.mkdir()
-    arguments = SETUPS[setup]
+    arguments = [str(TESTS / each) if each.endswith(".py") else each for each in SETUPS[setup]]
     options = Options(destructive=True)
-    if arguments[-1] == DISK:
-        arguments = [*arguments[:-1], str(TESTS / DISK), f"control={control}"]
+    if DISK in SETUPS[setup]:
+        arguments.append(f"control={control}")
         options = Options(
             destructive=True, resize_command=_tell(control / "grow"), power_cut_command=_tell(control / "power-cut")
         )
