@@ -82,8 +82,8 @@ class VirtioBlk:
     ``features`` masks what is accepted of the offer (default: SUPPORTED).  ``queue_size`` is an upper bound.
     ``queues`` is how many to set up.  ``indirect`` uses indirect tables for every chain; by default only for chains
     that do not fit otherwise.  ``window`` goes through the PCI_CFG window; ``posted=False`` waits for the reply to
-    each BAR write.  ``interrupts`` are MSI-X by default, or INTx on a device without it.  With ``start=False`` nothing is
-    written to the device until ``init`` is called.
+    each BAR write.  ``interrupts`` are MSI-X by default, or INTx on a device without it.  With ``start=False`` nothing
+    is written to the device until ``init`` is called.
     """
 
     def __init__(
