@@ -145,12 +145,15 @@ def use(disk: Path, name: str) -> None:
     assert server.wait() == 0
 
 
-def main() -> None:
-    """Everything."""
-    small = make_disk("small", blocksize=512, zone_max_open=3, zone_max_active=4)
-    assert zone_model(small) is ZoneModel.HOST_MANAGED
-    use(small, "small")
-    (DISKS / "small" / "power").write_text("0\n")
+def served() -> None:
+    """A disk with limits, for a driver."""
+    disk = make_disk("served", blocksize=512, zone_max_open=3, zone_max_active=4)
+    assert zone_model(disk) is ZoneModel.HOST_MANAGED
+    use(disk, "served")
+
+
+def checked() -> None:
+    """The contract, for disks of two kinds."""
     (scsi,) = Path("/sys/bus/pseudo/drivers/scsi_debug/adapter0").glob("host*/target*/*/block/*")
     limited = make_disk("limited", blocksize=512, zone_max_open=3, zone_max_active=4)
     for disk in (limited, make_disk("big", blocksize=4096), Path("/dev") / scsi.name):
@@ -158,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    {"served": served, "checked": checked}[sys.argv[1]]()

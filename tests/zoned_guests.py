@@ -29,7 +29,7 @@ _SCSI_DISK = "zbc=managed dev_size_mb=32 zone_size_mb=2 zone_cap_mb=1 zone_nr_co
 _NOT_NEEDED = re.compile(r"/(test|tests|idlelib|lib2to3|ensurepip|pydoc_data|distutils|tkinter|config-[^/]*)/")
 
 
-def run_in_guest(program: Path, folder: Path, *, timeout: float) -> Result:
+def run_in_guest(program: Path, *arguments: str, folder: Path, timeout: float) -> Result:
     """Boots a guest and runs a Python program in it that has vmmblk; ``folder`` is for what it boots.
 
     The program finds what lies beside it, null_blk in the configfs of /sys/kernel/config, and a zoned SCSI disk.
@@ -56,7 +56,7 @@ def run_in_guest(program: Path, folder: Path, *, timeout: float) -> Result:
             mount --rbind /$place /{_ROOT}/$place
         done
         mount -t configfs configfs /{_ROOT}/sys/kernel/config
-        PYTHONPATH={paths} PYTHONDONTWRITEBYTECODE=1 chroot /{_ROOT} {_python()} {program}"""
+        PYTHONPATH={paths} PYTHONDONTWRITEBYTECODE=1 chroot /{_ROOT} {_python()} {program} {" ".join(arguments)}"""
     return boot(command, "-kernel", f"{zoned_host}/vmlinuz", "-initrd", str(initramfs), memory="1G", timeout=timeout)
 
 
