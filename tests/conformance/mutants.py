@@ -62,6 +62,7 @@ MUTANTS = [
         "(value << 32 * select & self.config.features)",
         "(value << 32 * select)",
         DEVICE,
+        "plain",
     ),
     Mutant(
         "FEAT-006 features change after FEATURES_OK",
@@ -312,7 +313,7 @@ MUTANTS = [
         "if readable > limits.max_append_sectors * SECTOR_SIZE:",
         "if readable and not limits.max_append_sectors:",
         ZONED,
-        "zoned",
+        "failed zones",
     ),
     Mutant(
         "BLK-160 a zone that was never written is closed",
