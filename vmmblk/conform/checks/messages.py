@@ -467,18 +467,31 @@ def memory_of_the_dead(target: Target) -> None:
 
 @check(each_ring=True)
 def buffers_cut_short(target: Target) -> None:
-    """A request whose memory is a file that was truncated fails, or the device needs a reset (HOSTILE-048)."""
-    for kind, flags in ((RequestType.IN, DescFlag.WRITE), (RequestType.OUT, 0)):
-        if kind is RequestType.OUT and target.offers(Feature.BLK_ZONED):
-            continue
-        with target.driver(features=plain(target)) as driver, _short_file() as fd:
-            driver.connection.dma_map(_FAR, _MIB, fd)
-            os.ftruncate(fd, 0)
-            status = _request(target, driver, kind, Descriptor(_FAR, target.facts.block_size, DescFlag.NEXT | flags))
-            expect(status != Status.OK, f"{kind.name} by memory that is gone is completed with OK")
-            driver.connection.dma_unmap(_FAR, _MIB)
-            driver.init()
-            ask(target, driver)
+    """A read whose memory is a file that was truncated fails, or the device needs a reset (HOSTILE-048)."""
+    _expect_failure(target, RequestType.IN, DescFlag.WRITE)
+
+
+@check(each_ring=True)
+def data_cut_short(target: Target) -> None:
+    """A write whose data is in a file that was truncated fails, or the device needs a reset (HOSTILE-048)."""
+    target.room(target.block_sectors)
+    with target.driver(features=plain(target)) as driver:
+        pattern = bytes(range(1, 129)) * (target.facts.block_size // 128)
+        driver.write(0, pattern)
+        if driver.read(0, len(pattern)) != pattern:
+            raise NotTestable("the disk does not look at what it is given")
+    _expect_failure(target, RequestType.OUT, DescFlag(0))
+
+
+def _expect_failure(target: Target, kind: RequestType, flags: DescFlag) -> None:
+    with target.driver(features=plain(target)) as driver, _short_file() as fd:
+        driver.connection.dma_map(_FAR, _MIB, fd)
+        os.ftruncate(fd, 0)
+        status = _request(target, driver, kind, Descriptor(_FAR, target.facts.block_size, DescFlag.NEXT | flags))
+        expect(status != Status.OK, f"{kind.name} by memory that is gone is completed with OK")
+        driver.connection.dma_unmap(_FAR, _MIB)
+        driver.init()
+        ask(target, driver)
 
 
 @check(each_ring=True)
