@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from vmmblk.client.memory import PAGE
 from vmmblk.client.queue import DESCRIPTOR_SIZE, Descriptor
-from vmmblk.conform.check import Broken, Harm
+from vmmblk.conform.check import Broken, Harm, NotTestable
 from vmmblk.spec import DescFlag
 
 if TYPE_CHECKING:
@@ -55,8 +55,13 @@ class Shadow:
         return self._memory.read(iova, length)
 
     def space(self, length: int, align: int = 16, *, barely: bool = False, name: str = "") -> int:
-        """Room for ``length`` bytes, filled; ``barely`` aligned: not to twice that."""
-        iova = self._memory.alloc(length + align, 2 * align) + align if barely else self._memory.alloc(length, align)
+        """Room for ``length`` bytes, filled; ``barely`` aligned: not to twice that.  Raises NotTestable."""
+        try:
+            iova = (
+                self._memory.alloc(length + align, 2 * align) + align if barely else self._memory.alloc(length, align)
+            )
+        except MemoryError as error:
+            raise NotTestable(f"queues or blocks are too large: {error}") from None
         if name:
             self._names.append((iova, length, name))
         return iova

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING
 
 from vmmblk.client.queue import Descriptor
@@ -38,7 +39,8 @@ UNKNOWN_TYPE = 0x7FFF_FFF0
 """A request that every device answers, with a status only."""
 
 _TREADMILL_SIZE = 64
-_FOREVER = 1 << 17
+_INDICES, _FOREVER = 1 << 16, 1 << 17
+_SAMPLE = 1 << 10  # buffers after which one can tell how long the rest will take
 _PATTERN = bytes((7 * n + (n >> 8)) & 0xFF for n in range(4096))
 
 
@@ -119,13 +121,14 @@ def served_full(b: Bench) -> None:
 def treadmill(b: Bench) -> Iterator[int]:
     """Have the same chains served again and again, half a split ring at a time; yields how many were used so far.
 
-    Raises NotTestable if the queue is so short that it would take too long.
+    Raises NotTestable if the indices would take too long to wrap: the queue is short, or the device slow.
     """
     ring = b.split
     if ring.size < _TREADMILL_SIZE:
         raise NotTestable(
             f"the queue has {ring.size} descriptors, and tens of thousands of buffers would take too long"
         )
+    began, limit = time.monotonic(), b.target.options.limit / 2
     half = ring.size // 2
     heads = [ring.offer(b.parcel(UNKNOWN_TYPE).chain(), publish=False) for _ in range(half)]
     for head in heads:  # the other half of the available ring names the same chains
@@ -136,6 +139,8 @@ def treadmill(b: Bench) -> Iterator[int]:
         b.kick()
         back = {b.take().id for _ in range(half)}
         expect(back == set(heads), f"other buffers came back than were offered, before buffer {count:#x}")
+        if (time.monotonic() - began) * _INDICES > limit * max(count, _SAMPLE):
+            raise NotTestable(f"65536 buffers would take more than {limit:g} s")
         yield count
 
 

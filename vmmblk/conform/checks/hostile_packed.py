@@ -31,7 +31,7 @@ _AREAS = ("descriptor ring", "driver's event structure", "device's event structu
 def endless_list(target: Target) -> None:
     """A list as long as the queue that goes on: the device asks for a reset (HOSTILE-049)."""
     for which in (0, 1):
-        with bench(target, packed=True) as b:
+        with bench(target, packed=True, size=_LONG) as b:
             element = b.block().elements(REQUEST_HEADER.size)[which]
             fate = b.fate_of([element._replace(flags=element.flags | NEXT)] * b.packed.size)
             expect(fate.needs_reset, f"{b.packed.size} descriptors, all of them with NEXT: {fate}")
@@ -65,7 +65,7 @@ def any_buffer_id(target: Target) -> None:
 @check(Feature.RING_PACKED)
 def buffer_id_in_flight(target: Target) -> None:
     """Lists in flight with the same buffer id are all returned with it (HOSTILE-051)."""
-    with bench(target, packed=True) as b:
+    with bench(target, packed=True, size=_SHORT) as b:
         b.needs(4)
         parcels = [b.block() for _ in range(b.packed.size // 2)]
         for parcel in parcels:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vmmblk.conform.bench import Bench
     from vmmblk.conform.target import Target
 
-_SHORT, _LONG = 8, 256
+_SHORT, _MIDDLE, _LONG = 8, 32, 256
 _ODD = (7, 5, 3, 100, 255)
 _ROUNDS = 4
 
@@ -204,7 +204,7 @@ def buffer_id(target: Target) -> None:
 @check(Feature.RING_PACKED)
 def lists_are_skipped(target: Target) -> None:
     """One used descriptor for each list, the next one as many slots further as the list was long (RING-PACKED-021)."""
-    with bench(target, packed=True, size=_LONG) as b:
+    with bench(target, packed=True, size=_MIDDLE) as b:
         b.needs(8)
         ring = b.packed
         for turn in range(ring.size):
