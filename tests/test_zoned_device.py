@@ -222,10 +222,33 @@ def test_appends_at_the_same_time_share_nothing(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(placed) == 128
     for byte, sector in placed.items():
         end = sector + 1 + byte % 2
         assert set(host.data[sector * 512 : end * 512]) == {byte}
     assert sum(host.table.written(zone) for zone in range(1, 5)) == 8 * (8 + 16)
+
+
+@pytest.mark.parametrize("name", ["append", "reset_zone", "reset_all_zones"])
+def test_an_append_is_not_interrupted(tmp_path: Path, name: str) -> None:
+    """From looking at the write pointer to the end of the write nothing else changes the zone."""
+    host = ZonedHost(tmp_path)
+    device = host.device()
+    arguments = {"append": (SIZE, data(1)), "reset_zone": (SIZE,), "reset_all_zones": ()}[name]
+    other = threading.Thread(target=getattr(device, name), args=arguments)
+    write = host.write
+
+    def interrupted(sector_start: int, buffers: Any) -> None:
+        host.write = write  # type: ignore[method-assign]
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+        write(sector_start, buffers)
+
+    host.write = interrupted  # type: ignore[method-assign]
+    assert device.append(SIZE, data(2)) == SIZE
+    other.join()
+    assert device.report_zones(SIZE, 1)[0].write_pointer == SIZE + (3 if name == "append" else 0)
 
 
 def test_writes_that_are_in_flight_together_go_in_order(tmp_path: Path) -> None:
@@ -273,6 +296,18 @@ def test_an_error_of_the_medium_stays_one(tmp_path: Path, keeps: int) -> None:
         device.write(0, data(1))
     host.fails.clear()
     assert device.append(SIZE, data(1)) == SIZE + 1 + keeps
+
+
+def test_a_disk_that_tells_nothing_more(tmp_path: Path) -> None:
+    """A write has failed, and so has the question why: it is an I/O error, and asked about when the next comes."""
+    host = ZonedHost(tmp_path)
+    device = host.device()
+    device.write(SIZE, data(1))
+    host.fails, host.keeps = {"write": errno.EIO, "report": errno.EIO}, 2
+    with pytest.raises(OSError, match="Input/output"):
+        device.append(SIZE, data(4))
+    host.fails.clear()
+    assert device.append(SIZE, data(1)) == SIZE + 3
 
 
 # Commands.
@@ -372,7 +407,7 @@ def test_all_zones_are_reset_at_once(tmp_path: Path) -> None:
     device.reset_all_zones()
     assert host.asked == [(RESET, 0, 8 * SIZE - 4)]
     assert [host.state(zone) for zone in (1, 2, 3)] == [E, E, R]
-    device.write(SIZE, data(1))
+    assert device.append(SIZE, data(1)) == SIZE
 
 
 def test_a_zone_whose_medium_has_failed(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class ZonedHost:
         self.data = bytearray(self.info.size_bytes)
         self.asked: list[tuple[int, int, int]] = []
         self.fails: dict[str, int] = {}
-        """What a write, a read or a command fails with, whatever the zones say."""
+        """What a write, a read, a report or a command fails with, whatever the zones say."""
         self.keeps = 0
         """Sectors of a write that fails which are written all the same."""
         self.path = folder / "zoned"
@@ -93,6 +93,7 @@ class ZonedHost:
         first, second = struct.unpack_from("=QQ", argument)
         self.asked.append((request, first, second))
         if request == REPORT:
+            self._fail("report")
             self._report(argument, first // self.scale, second & 0xFFFFFFFF)
             return
         sector, sectors = first // self.scale, second // self.scale
