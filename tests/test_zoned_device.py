@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +100,18 @@ def test_sectors_are_the_disk_s_own(tmp_path: Path) -> None:
     assert host.asked == [(REPORT, 896, 1), (FINISH, 896, 96)]
 
 
-def test_a_host_that_tells_of_no_zones_is_refused(tmp_path: Path) -> None:
-    """Such a disk cannot be served; one line says so."""
+def test_a_host_whose_zones_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    """It tells of none, or does not tell, or has zones of a kind that VIRTIO has not; one line says so."""
     host = ZonedHost(tmp_path)
+    report = host.table.report
     host.table.report = lambda *_: []  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match="no zone at sector 0"):
+    with pytest.raises(ConfigError, match="no zone at sector 0; look at them"):
+        host.device()
+    host.table.report = lambda *_: [replace(zone, type=4) for zone in report(*_)]  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="cannot use the zones of the disk: 4 is not a valid ZoneType; look at them"):
+        host.device()
+    host.fails["report"] = errno.ENOTTY
+    with pytest.raises(ConfigError, match="cannot use the zones of the disk: .*Inappropriate ioctl"):
         host.device()
 
 
