@@ -111,7 +111,7 @@ def test_a_host_whose_zones_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot use the zones of the disk: 4 is not a valid ZoneType; look at them"):
         host.device()
     host.fails["report"] = errno.ENOTTY
-    with pytest.raises(ConfigError, match="cannot use the zones of the disk: .*Inappropriate ioctl"):
+    with pytest.raises(ConfigError, match=r"cannot use the zones of the disk: .*Inappropriate ioctl"):
         host.device()
 
 
