@@ -22,7 +22,7 @@ TRACE_REGISTERS = ["-trace", "vfio_region_write"]
 
 _PROMPT = b"\r\n=> "
 _WRITE = re.compile(r"^vfio_region_write .*:region4\+(0x[0-9a-f]+), (0x[0-9a-f]+), \d\)$", re.MULTILINE)
-_BUSY_MACHINE = 60.0
+_BUSY_MACHINE = 100.0
 """Seconds that whatever U-Boot does may take."""
 
 

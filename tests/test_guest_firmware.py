@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import struct
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def test_firmware_boots_from_the_disk(
         fsck.ext4 -f -n /dev/vda2"""
     with serve(tmp_path / "s", *SERVED[served], "--block-size", str(sector_size), str(image)) as server:
         device = vfio_user_device(server.socket, bootindex=0)
-        result = boot(command, *device, *TRACE_REGISTERS, firmware=firmware, machine=machine, memory="384M")
+        arguments = [*device, *TRACE_REGISTERS]
+        result = boot(command, *arguments, timeout=240, firmware=firmware, machine=machine, memory="384M")
         assert (server.stop(), server.log) == (0, "")
     assert result.status == 0, result.output
     assert result.output.startswith(f"booted by {firmware}\n{sector_size}\n")
@@ -104,7 +106,9 @@ def test_seabios_leaves_sectors_of_4096_bytes_alone(tmp_path: Path) -> None:
 def test_u_boot_reads_and_writes(tmp_path: Path, firmware: str, sector_size: int, served: str) -> None:
     """U-Boot reads 8 MiB whole, writes them elsewhere, is refused what lies past the end, and goes on."""
     size = 8 * MIB
-    contents = os.urandom(size)
+    # Without a partition table U-Boot looks for one of Apple's, whose test overruns its buffer when sectors are large.
+    partition = struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", 1, 1)
+    contents = (bytes(446) + partition).ljust(510, b"\0") + b"\x55\xaa" + os.urandom(size - 512)
     image = tmp_path / "disk.img"
     image.write_bytes(contents + bytes(size))
     sectors = size // sector_size
@@ -142,7 +146,8 @@ def test_u_boot_that_ignores_the_sector_size(tmp_path: Path) -> None:
     ("firmware", "sector_size", "served"),
     matrix(
         [("u-boot", 512, "four queues")],
-        *itertools.product(["u-boot"], [512], SERVED),
+        # With ACCESS_PLATFORM this U-Boot starts no Linux, be it from a device of QEMU's own.
+        *itertools.product(["u-boot"], [512], ["one queue", "four queues"]),
         *itertools.product(["u-boot-new"], [512, 4096], SERVED),
     ),
 )
