@@ -160,7 +160,29 @@ ONE_DOORBELL = Layout(
     ),
 )
 
-LAYOUTS = (CROWDED, ONE_DOORBELL)
+INTX_ONLY = Layout(
+    # no MSI-X: no capability, no vectors
+    "INTx only",
+    (
+        (DEVICE, "        return self.queues + 1\n", "        return 0\n"),
+        (
+            PCI,
+            """\
+        self._msix = space.append_capability(
+            bytes([_CAP_ID_MSIX]) + table_size + _le32(MSIX_TABLE_BAR) + _le32(MSIX_PBA_BAR)
+        )
+        space.allow(self._msix + _MSIX_CONTROL, 2, _MSIX_CONTROL_WRITABLE)
+""",
+            "",
+        ),
+        (PCI, 'table_size = (self._device.config.vectors - 1).to_bytes(2, "little")', "pass"),
+        (PCI, "return bool(self._space.get(self._msix + _MSIX_CONTROL, 2) & _MSIX_ENABLE)", "return False"),
+    ),
+    ("--queues", "2"),
+    (),
+)
+
+LAYOUTS = (CROWDED, ONE_DOORBELL, INTX_ONLY)
 
 
 def rebuilt(layout: Layout, where: Path) -> None:
