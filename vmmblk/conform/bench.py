@@ -39,6 +39,7 @@ BEYOND = 64 << 10
 _POISON = bytes(range(255, 128, -1))  # what a device that writes nothing leaves
 _GRAIN = 8  # bytes that are not all written as they were by chance
 _SPINS = 500
+_LOOKS = 250  # for a used buffer, before one at the status
 _NAP = 0.002
 _FENCES = 4
 
@@ -298,19 +299,18 @@ class Bench:
 
     def take(self, index: int = 0) -> Used:
         """Wait for the next used buffer.  Raises TimeoutError, NeedsReset."""
-        taken: list[Used] = []
+        taken: list[Used | None] = []
 
         def come() -> bool:
-            used = self.rings[index].take()
-            if used is not None:
-                taken.append(used)
-            return used is not None
-
-        if not self.until(come):
-            if self.needs_reset:
+            taken.append(self.rings[index].take())
+            if len(taken) % _LOOKS == 0 and self.needs_reset:
                 raise NeedsReset
+            return taken[-1] is not None
+
+        self.until(come)
+        if (used := taken[-1]) is None:
             raise TimeoutError("the device does not use the buffer")
-        return taken[0]
+        return used
 
     def serve(self, chain: Sequence[Descriptor], index: int = 0) -> Used:
         """Offer a chain and wait until it, alone in the ring, is used.  Raises what ``take`` raises."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
+from vmmblk.client.interrupts import Interrupts
+from vmmblk.client.wire import IrqIndex
 from vmmblk.conform.bench import bench
 from vmmblk.conform.check import check, expect
 from vmmblk.conform.function import any_interrupts
@@ -11,6 +14,10 @@ from vmmblk.conform.traffic import UNKNOWN_TYPE, treadmill
 from vmmblk.spec import Feature
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmmblk.client.driver import VirtioBlk
+    from vmmblk.client.request import Pending
     from vmmblk.conform.bench import Bench
     from vmmblk.conform.target import Target
 
@@ -193,17 +200,26 @@ def empty_doorbells(target: Target) -> None:
 @check(each_ring=True)
 def doorbells_only_when_asked_for(target: Target) -> None:
     """A driver that notifies only when it is asked to is heard each time (RING-EVENT-016, RING-SPLIT-012)."""
-    _only_when_asked(target, packed=target.packed)
+    _in_twos(target, _look, packed=target.packed, force=False)
+
+
+@check()
+def split_interrupts_when_asked_for(target: Target) -> None:
+    """A driver that sleeps after it has asked for an interrupt is woken each time (RING-EVENT-003, 005)."""
+    _in_twos(target, _sleep, packed=False, force=True)
 
 
 @check(Feature.RING_PACKED)
-def interrupts_only_when_asked_for(target: Target) -> None:
+def packed_interrupts_when_asked_for(target: Target) -> None:
     """A driver that sleeps after it has asked for an interrupt is woken each time (RING-EVENT-024)."""
-    _only_when_asked(target, packed=True)
+    _in_twos(target, _sleep, packed=True, force=True)
 
 
-def _only_when_asked(target: Target, *, packed: bool) -> None:
-    """Two requests at a time, the second while the first is served; asking and sleeping as the rules want it."""
+def _in_twos(target: Target, wait: Callable[[VirtioBlk, Pending], None], *, packed: bool, force: bool) -> None:
+    """Two requests at a time, the second while the first is served, with the event index if offered, and without.
+
+    The device is notified always (``force``), or only as it wants to be.
+    """
     with target.connection() as connection:
         mode = any_interrupts(connection)
     ring = Feature.RING_PACKED.mask if packed else 0
@@ -213,8 +229,36 @@ def _only_when_asked(target: Target, *, packed: bool) -> None:
                 pending = []
                 for _ in range(2):
                     pending.append(driver.submit(UNKNOWN_TYPE))
-                    driver.kick()
-                driver.wait_all(pending)
+                    driver.kick(force=force)
+                for each in pending:
+                    wait(driver, each)
+
+
+def _look(driver: VirtioBlk, pending: Pending) -> None:
+    """Wait for a request by looking again and again.  Raises TimeoutError."""
+    deadline = time.monotonic() + driver.timeout
+    while not pending.done:
+        if not driver.poll() and time.monotonic() > deadline:
+            raise TimeoutError("the device does not see a request, after it was notified as it asked to be")
+
+
+def _sleep(driver: VirtioBlk, pending: Pending) -> None:
+    """Wait for a request as a driver does that trusts the interrupts it asks for.  Raises TimeoutError."""
+    while not pending.done:
+        if driver.poll() or driver.queues[0].arm():
+            continue
+        ready, message = driver.lines.wait(driver.connection.fileno(), driver.timeout)
+        if not ready and not message:
+            driver.poll()
+            expect(not pending.done, "a buffer was used, and the interrupt that was asked for did not come")
+            raise TimeoutError("the device does not complete the request")
+        if message:
+            driver.connection.pump()
+        for line in ready:
+            driver.lines.take(line)
+        if ready and driver.lines.mode is Interrupts.INTX:
+            driver.pci.isr.read(0, 1)
+            driver.connection.unmask_irqs(IrqIndex.INTX)
 
 
 def _without_event_idx(target: Target) -> int:
