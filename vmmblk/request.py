@@ -264,7 +264,7 @@ def _parse_zone_append(sector: int, readable: int, writable: int, limits: Limits
     _require(Feature.BLK_ZONED, limits)
     # Linux gives 15 bytes and looks into the first: there is padding between append_sector and status in its structure.
     if writable < ZONE_APPEND_SECTOR.size:
-        raise BadRequest(Status.IOERR, f"{writable} bytes have no room for append_sector, {ZONE_APPEND_SECTOR.size} bytes")
+        raise BadRequest(Status.IOERR, f"{writable} bytes have no room for append_sector's {ZONE_APPEND_SECTOR.size}")
     if readable > limits.max_append_sectors * SECTOR_SIZE:
         # BLK-114, BLK-115
         status = Status.ZONE_INVALID_CMD if limits.max_append_sectors else Status.UNSUPP
