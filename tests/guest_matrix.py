@@ -202,10 +202,13 @@ step_zonefs() {
     umount /mnt
 }
 
-# Where a block goes in a zone btrfs leaves to the disk: it writes by ZONE_APPEND.
+# Where a block goes in a zone btrfs leaves to the disk: it writes by ZONE_APPEND, once the conventional zones are used.
 step_btrfs_zoned() {
     need_zones
     mkfs.btrfs -q -f -m single -d single /dev/vdc
+    mount -t btrfs /dev/vdc /mnt
+    fio_verify --filename=/mnt/fio --iodepth=8 --rw=write --bs=256k --size=$((CONVENTIONAL * ZONE + 2 * ZONE))
+    umount /mnt
     filesystem /dev/vdc btrfs btrfs check
 }
 
