@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from conftest import STOP_SECONDS, until
+from conftest import STOP_SECONDS, Served, until
 from contents import SECTOR, Access, Contents, check_flush, check_read
 from disks import FullDisk
 from fuzzing import effort
@@ -58,6 +58,7 @@ from vmmblk.spec import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from collections.abc import Set as AbstractSet
 
     import pytest
     from conftest import Logs
@@ -106,6 +107,15 @@ class Clearing(NamedTuple):
     ranges: list[tuple[int, int]]
 
 
+class Poke(NamedTuple):
+    """A register access: the method that makes it, and what it is to make of."""
+
+    how: str
+    number: int
+    value: bytes
+
+
+Batch = list[tuple[Place, Transfer | Clearing | int]]
 ANYWHERE = Place(0, None, kick=True)
 
 
@@ -185,14 +195,14 @@ def back(queue: SplitQueue, page: int) -> None:
     queue.avail_idx -= 1
 
 
-SPLIT_CORRUPT = (self_loop, bad_head, leap, back)
+SPLIT_CORRUPT = {each.__name__: each for each in (self_loop, bad_head, leap, back)}
 
 # Where and what to write.
 
-queues = st.integers(0, QUEUES - 1)
+queues = st.sampled_from([0, 0, 0, 0, 1, 2, 3])
 sectors = st.integers(0, SECTORS + 4)
 few = st.integers(1, 8)
-transfers = st.builds(Transfer, sectors, few, st.integers(0, 255))
+transfers = st.builds(Transfer, sectors, few, st.just(0) | st.integers(1, 255))
 clearings = st.builds(Clearing, st.booleans(), st.lists(st.tuples(sectors, few), min_size=1, max_size=3))
 others = st.sampled_from([RequestType.FLUSH] * 3 + [8, 9, 10, 14, 15, 16, 24, 1 << 31, 0xFFFFFFFF])
 cuts = st.integers(0, 255).map(lambda page: page * PAGE)
@@ -204,6 +214,18 @@ values = st.binary(min_size=1, max_size=8) | st.sampled_from(
     [b"\0", b"\1", b"\x04", b"\x10", b"\x40", b"\x80", b"\0\0", b"\1\0", b"\xff\xff", bytes(4), b"\xff" * 8, bytes(64)]
 )
 regions = st.sampled_from([4, 4, 4, 4, 1, 2, 7, 7, 0, 3, 5, 6, 8, 9])
+batches = st.lists(st.tuples(places, st.one_of(transfers, transfers, clearings, others)), min_size=1, max_size=8)
+pokes = st.lists(
+    st.builds(
+        Poke,
+        st.sampled_from(["kick", "doorbell", "read_anything", "write_config", "write_in_vain", "say_it_again"]),
+        st.integers(0, 0x3FF) | st.integers(0, 0xFFFFFF),
+        values,
+    ),
+    min_size=1,
+    max_size=5,
+)
+stalls = st.just(CALLS) | st.sets(st.sampled_from(sorted(CALLS)), min_size=1, max_size=3)
 INERT: tuple[tuple[CommonCfg, int], ...] = (
     (CommonCfg.DEVICE_FEATURE, 4),
     (CommonCfg.DRIVER_FEATURE, 4),
@@ -235,6 +257,7 @@ class HostileDriver(RuleBasedStateMachine):
             self.path, prepare(self.disk), ServerOptions(queues=QUEUES, queue_size=64, features=SWITCHES)
         )
         self.server.start()
+        self.served = Served(self.server, self.path, self.disk)
         self.contents = Contents(bytes(self.disk.data))
         self.requests: list[Outstanding] = []
         self.v: VirtioBlk | None = None
@@ -290,6 +313,10 @@ class HostileDriver(RuleBasedStateMachine):
             if not pages:
                 pages += [self.memory.read(iova, self.memory._taken[iova]) for iova in pending.allocations]
 
+    def idle(self) -> None:
+        """Nothing is under way any more."""
+        until(lambda: not (self.server._core.orphans or self.server._core.busy), "requests do not end", PATIENCE)
+
     def dig(self) -> None:
         """It has not."""
         for pending, pages in self.graves:
@@ -309,7 +336,7 @@ class HostileDriver(RuleBasedStateMachine):
         self.master = False
         if self.held:
             return  # orphans may live
-        until(lambda: not (self.server._core.orphans or self.server._core.busy), "requests do not end", PATIENCE)
+        self.idle()
         self.dig()
         if self.known:
             self.contents.check(self.disk.data)
@@ -332,7 +359,6 @@ class HostileDriver(RuleBasedStateMachine):
 
     def pull_out(self) -> None:
         """The VMM is gone."""
-        self.dig()
         self.bury()
         self.graves.clear()
         if self.v is not None:
@@ -350,6 +376,9 @@ class HostileDriver(RuleBasedStateMachine):
 
     def disconnect(self) -> None:
         """The VMM dies, and another takes its place."""
+        if not self.held:
+            self.idle()
+            self.dig()
         self.pull_out()
         self.plug_in()
         self.clean()
@@ -442,13 +471,32 @@ class HostileDriver(RuleBasedStateMachine):
         v.reset_queue(queue)
         self.seal()
 
+    def begin_queue_anew(self) -> None:
+        """The first one."""
+        if self.driver().has(Feature.RING_RESET):
+            self.reset_queue(0, 16)
+
     @precondition(lambda self: self.orderly and self.v.has(Feature.SUSPEND))
-    @rule()
-    def suspend(self) -> None:
-        """The device shows that it is suspended when it has told of all that it had taken."""
+    @rule(value=st.binary(min_size=8, max_size=8), batch=batches, go_on=st.booleans())
+    def suspend(self, value: bytes, batch: Batch, go_on: bool) -> None:
+        """The device shows that it is suspended when it has told of all that it had taken; then it takes nothing."""
         self.driver().device.suspend()
         self.poll()
         self.status = SUSPENDED
+        self.write_while_suspended(value)
+        self.work(batch)
+        self.served.settle()
+        self.poll()
+        if go_on:
+            self.resume()
+
+    def write_while_suspended(self, value: bytes) -> None:
+        """Nothing but the status can be written."""
+        common = self.driver().pci.common
+        before = common.read_bytes(0, COMMON_CFG_SIZE)
+        for register in set(CommonCfg) - {CommonCfg.DEVICE_STATUS}:
+            common.write_bytes(register, value[: WIDTHS.get(register, 2)])
+        assert common.read_bytes(0, COMMON_CFG_SIZE) == before
 
     @precondition(lambda self: self.status == SUSPENDED and self.known)
     @rule()
@@ -457,8 +505,6 @@ class HostileDriver(RuleBasedStateMachine):
         self.driver().device.resume()
         self.status = LIVE
 
-    @precondition(lambda self: self.known)
-    @rule(on=st.booleans())
     def bus_master(self, on: bool) -> None:
         """The device may use memory, or not."""
         self.connection.region_write(Region.CONFIG, COMMAND, struct.pack("<H", 6 if on else 2))
@@ -466,20 +512,29 @@ class HostileDriver(RuleBasedStateMachine):
 
     # Memory.
 
-    @rule(piece=st.sampled_from(LAYOUT))
+    @rule(what=st.sampled_from(["goes", "comes", "comes and goes", "master"]), piece=st.sampled_from(LAYOUT), cut=cuts)
+    def change_memory(self, what: str, piece: Range, cut: int) -> None:
+        """Some of memory goes or comes back, or all does both, or the device may not use it for a while."""
+        if what == "goes":
+            self.unmap(piece)
+        elif what == "comes":
+            self.remap(piece, cut)
+        elif what == "comes and goes":
+            self.come_and_go(cut)
+        elif self.known:
+            self.bus_master(not self.master)
+
     def unmap(self, piece: Range) -> None:
         """Memory goes, whatever is in flight."""
         self.may_fail()
         while self.mapped[piece]:
             self.memory.unmap(self.connection, *self.mapped[piece].pop())
 
-    @rule(piece=st.sampled_from(LAYOUT), cut=cuts)
     def remap(self, piece: Range, cut: int) -> None:
         """Memory comes back, in one piece or two."""
         if not self.mapped[piece]:
             self.map(piece, cut)
 
-    @rule(cut=cuts)
     def come_and_go(self, cut: int) -> None:
         """All of memory goes and comes back, as firmware does it."""
         for piece in LAYOUT:
@@ -487,13 +542,22 @@ class HostileDriver(RuleBasedStateMachine):
         for piece in LAYOUT:
             self.remap(piece, cut)
 
+    def forget_memory(self) -> None:
+        """All of it, and at once it is there again."""
+        self.come_and_go(0)
+
     # The disk.
 
-    @rule(calls=st.just(frozenset()) | st.just(CALLS) | st.frozensets(st.sampled_from(sorted(CALLS))))
-    def stall(self, calls: frozenset[str]) -> None:
+    @rule(calls=st.just(frozenset()) | stalls)
+    def stall(self, calls: AbstractSet[str]) -> None:
         """Some calls of the disk stall from now on, the others go on."""
         self.disk.release()
         self.disk.held = set(calls)
+
+    def let_go(self) -> None:
+        """The disk goes on, and everything ends."""
+        self.disk.release()
+        self.settle()
 
     @precondition(lambda self: self.orderly and len(self.contents) < SECTORS_MAX)
     @rule()
@@ -531,8 +595,8 @@ class HostileDriver(RuleBasedStateMachine):
             v.kick(queue)
 
     @precondition(lambda self: self.rings)
-    @rule(batch=st.lists(st.tuples(places, st.one_of(transfers, clearings, others)), min_size=1, max_size=8))
-    def work(self, batch: list[tuple[Place, Transfer | Clearing | int]]) -> None:
+    @rule(batch=batches)
+    def work(self, batch: Batch) -> None:
         """Some requests, one after the other."""
         for place, what in batch:
             if isinstance(what, Transfer):
@@ -572,6 +636,25 @@ class HostileDriver(RuleBasedStateMachine):
             self.submit(place, request, Status.IOERR, self.contents.nothing)
         else:
             self.submit(place, request, Status.OK, lambda: self.contents.write(stores))
+
+    @precondition(lambda self: self.orderly)
+    @rule(
+        calls=stalls,
+        batch=batches,
+        how=st.sampled_from([disconnect, reset, device_reset, begin_queue_anew, start_well, forget_memory, let_go]),
+        release=st.booleans(),
+    )
+    def ambush(
+        self, calls: AbstractSet[str], batch: Batch, how: Callable[[HostileDriver], None], release: bool
+    ) -> None:
+        """Something happens while the disk stalls with requests."""
+        self.stall(calls)
+        self.work(batch)
+        self.served.settle()
+        self.poll()
+        how(self)
+        if release:
+            self.disk.release()
 
     # How they end.
 
@@ -623,19 +706,6 @@ class HostileDriver(RuleBasedStateMachine):
             self.poll()
             assert time.monotonic() < deadline, f"{len(self.requests)} requests do not end"
 
-    @precondition(lambda self: self.rings)
-    @rule(queue=queues)
-    def kick(self, queue: int) -> None:
-        """What was put into the ring is made available."""
-        self.driver().kick(queue % len(self.driver().queues))
-
-    @precondition(lambda self: self.rings)
-    @rule(queue=st.integers(0, 70), value=values)
-    def doorbell(self, queue: int, value: bytes) -> None:
-        """Any doorbell, with anything in it."""
-        with contextlib.suppress(RemoteError):
-            self.driver().pci.notify.write_bytes(4 * queue, value)
-
     # What breaks rules.
 
     @precondition(lambda self: self.orderly)
@@ -656,26 +726,18 @@ class HostileDriver(RuleBasedStateMachine):
         assert self.memory.read(self.page + 16, 1)[0] == (0xFF if status is None else status)
 
     @precondition(lambda self: self.orderly)
-    @rule(queue=queues, name=st.sampled_from(sorted(CORRUPT)))
-    def corrupt_chain(self, queue: int, name: str) -> None:
-        """The device needs a reset."""
-        v = self.driver()
-        queue %= len(v.queues)
-        try:
-            v.submit_raw(CORRUPT[name](self.page), queue=queue)
-        except QueueFull:
-            return
-        self.give_up(queue)
-
-    @precondition(lambda self: self.orderly and not self.v.has(Feature.RING_PACKED))
-    @rule(queue=queues, corrupt=st.sampled_from(SPLIT_CORRUPT))
-    def corrupt_ring(self, queue: int, corrupt: Callable[[SplitQueue, int], None]) -> None:
+    @rule(queue=queues, name=st.sampled_from(sorted(CORRUPT)) | st.sampled_from(sorted(SPLIT_CORRUPT)))
+    def corrupt(self, queue: int, name: str) -> None:
         """The device needs a reset."""
         v = self.driver()
         ring = v.queues[queue % len(v.queues)]
-        assert isinstance(ring, SplitQueue)
         try:
-            corrupt(ring, self.page)
+            if name in CORRUPT:
+                v.submit_raw(CORRUPT[name](self.page), queue=ring.index)
+            elif isinstance(ring, SplitQueue):
+                SPLIT_CORRUPT[name](ring, self.page)
+            else:
+                return
         except QueueFull:
             return
         self.give_up(ring.index)
@@ -687,72 +749,73 @@ class HostileDriver(RuleBasedStateMachine):
         v.ring_doorbell(queue)
         until(lambda: DeviceStatus.NEEDS_RESET in v.status, "the device does not ask for a reset", PATIENCE)
         self.status |= DeviceStatus.NEEDS_RESET
-        until(lambda: not self.server._core.busy, "requests do not end", PATIENCE)
+        self.idle()
         self.calls = self.count_calls()
 
     def count_calls(self) -> int:
         """How often the disk was asked for something, other than by a switch of its cache."""
         return len(self.disk.calls) - self.disk.count("flush")
 
-    @precondition(lambda self: self.rings and self.known and self.status == LIVE)
-    @rule(queue=queues, where=st.sampled_from(INERT), value=st.binary(min_size=8, max_size=8))
-    def write_in_vain(self, queue: int, where: tuple[CommonCfg, int], value: bytes) -> None:
-        """A register that cannot be written now: nothing comes of it."""
-        v = self.driver()
-        offset, width = where
-        v.device.set(CommonCfg.QUEUE_SELECT, queue % len(v.queues))
-        before = v.pci.common.read_bytes(offset, width)
-        v.pci.common.write_bytes(offset, value[:width])
-        window = offset == CommonCfg.DRIVER_FEATURE
-        assert v.pci.common.read_bytes(offset, width) == before or window
+    @precondition(lambda self: self.rings)
+    @rule(pokes=pokes)
+    def poke(self, pokes: list[Poke]) -> None:
+        """Accesses of which it can be foretold what comes of them, most often nothing."""
+        for poke in pokes:
+            with contextlib.suppress(RemoteError):
+                getattr(self, poke.how)(poke.number, poke.value)
 
-    @precondition(lambda self: self.rings and self.known and self.status == LIVE)
-    @rule(
-        queue=queues,
-        value=st.sampled_from([1, 2, 3, 8, 11, 15, 32, 64, 111]),
-        enable=st.sampled_from([0, 1, 2, 0xFFFF]),
-    )
-    def say_it_again(self, queue: int, value: int, enable: int) -> None:
-        """Status bits that are set or undefined, and queue_enable of what is enabled: nothing comes of it."""
-        v = self.driver()
-        v.device.set(CommonCfg.DEVICE_STATUS, value)
-        v.device.set(CommonCfg.QUEUE_SELECT, queue % len(v.queues))
-        v.device.set(CommonCfg.QUEUE_ENABLE, enable)
-        assert v.device.get(CommonCfg.QUEUE_ENABLE) == 1
+    def kick(self, queue: int, _: bytes) -> None:
+        """What was put into the ring is made available."""
+        self.driver().kick(queue % len(self.driver().queues))
 
-    @precondition(lambda self: self.known and self.status == SUSPENDED)
-    @rule(register=st.sampled_from(CommonCfg), value=st.binary(min_size=8, max_size=8))
-    def write_while_suspended(self, register: CommonCfg, value: bytes) -> None:
-        """Nothing but the status can be written."""
-        if register != CommonCfg.DEVICE_STATUS:
-            common, width = self.driver().pci.common, WIDTHS.get(register, 2)
-            before = common.read_bytes(0, COMMON_CFG_SIZE)
-            common.write_bytes(register, value[:width])
-            assert common.read_bytes(0, COMMON_CFG_SIZE) == before
+    def doorbell(self, queue: int, value: bytes) -> None:
+        """Any doorbell, with anything in it."""
+        self.driver().pci.notify.write_bytes(4 * (queue % 100), value)
 
-    @precondition(lambda self: self.v is not None)
-    @rule(offset=st.integers(0, 100), value=values)
+    def read_anything(self, number: int, value: bytes) -> None:
+        """Any access is answered."""
+        length = 16 * value[0] + 1
+        assert len(self.connection.region_read(number % 10, number >> 4, length)) == length
+
     def write_config(self, offset: int, value: bytes) -> None:
         """The device's configuration: only writeback can be written, and it reads 0 or 1."""
         v = self.driver()
         before = v.device.config_bytes(0, BlkConfig.WRITEBACK)
-        v.pci.device.write_bytes(offset, value)
+        v.pci.device.write_bytes(offset % 100, value)
         after = v.device.config_bytes(0, BlkConfig.WRITEBACK + 1)
         assert after[: BlkConfig.WRITEBACK] == before
         assert after[BlkConfig.WRITEBACK] in (0, 1)
 
-    @rule(region=regions, offset=offsets, length=st.integers(1, 80) | st.just(4096))
-    def read_anything(self, region: int, offset: int, length: int) -> None:
-        """Any access is answered."""
-        with contextlib.suppress(RemoteError):
-            assert len(self.connection.region_read(region, offset, length)) == length
+    def write_in_vain(self, number: int, value: bytes) -> None:
+        """A register that takes no value now: nothing comes of it."""
+        if not self.known or self.status != LIVE:
+            return
+        v = self.driver()
+        offset, width = INERT[number % len(INERT)]
+        v.device.set(CommonCfg.QUEUE_SELECT, number % len(v.queues))
+        before = v.pci.common.read_bytes(0, COMMON_CFG_SIZE)
+        v.pci.common.write_bytes(offset, value.ljust(width, b"\xff")[:width])
+        assert v.pci.common.read_bytes(0, COMMON_CFG_SIZE) == before
 
-    @rule(region=regions, offset=offsets, value=values)
-    def write_anything(self, region: int, offset: int, value: bytes) -> None:
+    def say_it_again(self, number: int, value: bytes) -> None:
+        """Status bits that are set or undefined, and queue_enable of what is enabled: nothing comes of it."""
+        if not self.known or self.status != LIVE:
+            return
+        v = self.driver()
+        v.device.set(CommonCfg.DEVICE_STATUS, value[0] & (LIVE | 0x20 | DeviceStatus.NEEDS_RESET) or 1)
+        v.device.set(CommonCfg.QUEUE_SELECT, number % len(v.queues))
+        v.device.set(CommonCfg.QUEUE_ENABLE, number >> 8 & 0xFFFF)
+        assert v.device.get(CommonCfg.QUEUE_ENABLE) == 1
+
+    @rule(writes=st.lists(st.tuples(regions, offsets, values), min_size=1, max_size=5), again=st.booleans())
+    def write_anything(self, writes: list[tuple[int, int, bytes]], again: bool) -> None:
         """Any access is answered; what comes of it nobody can tell, until the next reset."""
-        with contextlib.suppress(RemoteError):
-            self.connection.region_write(region, offset, value)
+        for region, offset, value in writes:
+            with contextlib.suppress(RemoteError):
+                self.connection.region_write(region, offset, value)
         self.known = False
+        if again:
+            self.recover(release=True)
 
     # Always.
 
@@ -762,6 +825,7 @@ class HostileDriver(RuleBasedStateMachine):
         if self.v is not None:
             status = self.v.status
             assert not self.known or status == self.status
+            self.poll()
 
     @invariant()
     def a_device_that_needs_a_reset_serves_nobody(self) -> None:
