@@ -24,11 +24,14 @@ SETUPS = {
     "default": ["--queues", "4", "memory:16M"],
     "everything": ["--queues", "4", "--features", EXTRAS, DISK],
     "in order": ["--queues", "2", "--queue-size", "16", "--features", f"in_order=on,{EXTRAS}", DISK],
-    "read-only": ["--read-only", "memory:16M"],
+    "read-only": ["--read-only", "--serial", "twenty characters ok", "memory:16M"],
     "says it is read-only": [DISK, "read_write=off"],
     "4096": ["--cache", "writethrough", DISK, "sector_size=4096"],
     "zoned": ["--filter", "zoned:zone_size=1M,zone_capacity=768K,conventional=2,max_open=4,max_active=6", "memory:16M"],
     "failed zones": ["conform_zones.py"],
+    "host-aware zones": ["conform_zones.py", "model=host-aware"],
+    "read-only zones": ["conform_zones.py", "read_write=off"],
+    "all at its largest": ["--queues", "64", "--queue-size", "32768", "memory:5G"],
 }
 
 

@@ -44,8 +44,8 @@ class Result:
 def run(address: Path, options: Options, chosen: Iterable[Check]) -> Iterator[Result]:
     """Run ``chosen``, giving each result when it is there.
 
-    After each check the server must serve as it did before it.  Once it cannot be reached any more the rest is not tested.
-    Raises OSError if it cannot be reached to begin with.
+    After each check the server must serve as it did before it.  Once it cannot be reached any more the rest is not
+    tested.  Raises OSError if it cannot be reached to begin with.
     """
     facts = Target(address, options).facts
     # a disk that never gives back what was written, and says so in its own checks, is not to blame every one of them
