@@ -11,6 +11,7 @@ from vmmblk.client.request import UNSET_STATUS
 from vmmblk.conform.bench import bench
 from vmmblk.conform.check import NotOffered, NotTestable, expect
 from vmmblk.conform.rings import linked
+from vmmblk.conform.target import FAR_SECTOR
 from vmmblk.spec import REQUEST_HEADER, DescFlag, RequestType
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def expect_length(b: Bench, used: Used, parcel: Parcel) -> None:
 
 def failing_read(b: Bench) -> None:
     """A read beyond the end of the disk claims no bytes that were not written."""
-    parcel = b.parcel(RequestType.IN, b.target.facts.capacity, room=b.target.facts.block_size)
+    parcel = b.parcel(RequestType.IN, FAR_SECTOR, room=b.target.facts.block_size)
     used = b.serve(parcel.chain())
     expect_length(b, used, parcel)
 

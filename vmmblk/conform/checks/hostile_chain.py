@@ -15,6 +15,7 @@ from vmmblk.conform.bench import MEMORY, bench
 from vmmblk.conform.check import Harm, NotOffered, NotTestable, check, expect
 from vmmblk.conform.hostile import RACES, expect_no_data, flip, pointer, race
 from vmmblk.conform.rings import AVAIL, USED, linked
+from vmmblk.conform.target import FAR_SECTOR
 from vmmblk.conform.traffic import furnished, require_storage
 from vmmblk.spec import DISCARD_SEGMENT, REQUEST_HEADER, DescFlag, Feature, PciCapType, RequestType
 
@@ -388,7 +389,7 @@ def headers_that_change(target: Target) -> None:
         truth = furnished(b)
         for _ in range(RACES):
             parcel = b.block()
-            words = [struct.pack("<Q", sector) for sector in (0, target.facts.capacity)]
+            words = [struct.pack("<Q", sector) for sector in (0, FAR_SECTOR)]
             fate = flip(b, parcel.chain(REQUEST_HEADER.size), parcel.readable + 8, words, parcel)
             if fate.needs_reset:
                 return
