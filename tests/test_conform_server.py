@@ -13,7 +13,6 @@ from conformance.setups import SETUPS, serving
 from vmmblk.conform.check import Outcome, checks
 from vmmblk.conform.runner import Result, run
 
-
 NEVER_OFFERED = {
     "block_config.geometry_is_valid",
     "features.sr_iov_has_its_capability",

@@ -400,6 +400,7 @@ MUTANTS = [
         "if (slots == room || ",
         "if ((void)room, ",
         PACKED,
+        "default",
     ),
     Mutant(
         "RING-PACKED-021 a used list is skipped by one slot",
