@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     Serve = Callable[..., Served]
 
+LIVE = 15
 MEMORY = 1 << 20
 RECORDS_MAX = 40
 """Lines that one session may leave in the log."""
@@ -103,6 +104,7 @@ def record(path: Path, features: int) -> Session:
         session.image = memory.read(0, MEMORY)  # before the device has looked
         v.ring_doorbell(0)
         v.ring_doorbell(1)
+        assert v.status == LIVE  # an answer, after which the doorbells have been passed on
         v.wait_all(requests)
         memory.unmap_all(connection)
         memory.map_all(connection)
@@ -237,6 +239,10 @@ def expects_answer(message: Sent) -> bool:
     return header.size == len(message.data) and not header.flags & wire.HeaderFlag.NO_REPLY
 
 
+def _nothing() -> None:
+    pass
+
+
 class Vmm:
     """Plays sessions back; a context manager that owns the descriptors it sends."""
 
@@ -262,7 +268,9 @@ class Vmm:
         for fd in [*self._fds.values(), *self._others]:
             os.close(fd)
 
-    def play(self, messages: Sequence[Sent], image: bytes, *, linger: bool) -> None:
+    def play(
+        self, messages: Sequence[Sent], image: bytes, *, linger: bool, after_answers: Callable[[], None] = _nothing
+    ) -> None:
         """Send everything, as far as the server listens; then vanish, or wait for it to hang up first."""
         os.ftruncate(self._memory, len(image))
         os.pwrite(self._memory, image, 0)
@@ -275,6 +283,8 @@ class Vmm:
                     patience = ANSWER if expects_answer(message) else 0
                     while select.select([vmm], [], [], patience)[0] and self._drain(vmm):
                         patience = 0
+                    if expects_answer(message):
+                        after_answers()
                 if linger:
                     vmm.shutdown(socket.SHUT_WR)
                     while self._drain(vmm):
@@ -337,14 +347,16 @@ def test_sessions_with_mistakes(serve: Serve, logs: Logs, tmp_path: Path) -> Non
         changes=st.lists(edits, min_size=1, max_size=6),
         end=st.none() | st.integers(1, 400),
         linger=st.booleans(),
+        patient=st.booleans(),
     )
-    def play(which: int, changes: list[Edit], end: int | None, linger: bool) -> None:
+    def play(which: int, changes: list[Edit], end: int | None, linger: bool, patient: bool) -> None:
         records = len(logs.records)
         messages = sessions[which].messages
         messages = messages if end is None else messages[: 1 + end % len(messages)]
         for change in changes:
             messages = change(messages)
-        vmm.play(messages, sessions[which].image, linger=linger)
+        after_answers = served.settle if patient else _nothing
+        vmm.play(messages, sessions[which].image, linger=linger, after_answers=after_answers)
         serves(served, next(turns) % 256)
         assert len(logs.records) - records < RECORDS_MAX
 
@@ -373,5 +385,5 @@ def test_what_is_recorded_is_served_again(serve: Serve, packed: bool, tmp_path: 
     calls = set(served.disk.calls)
     with playing(served, tmp_path) as vmm:
         served.disk.calls.clear()
-        vmm.play(session.messages, session.image, linger=True)
+        vmm.play(session.messages, session.image, linger=True, after_answers=served.settle)
         assert set(served.disk.calls) == calls
