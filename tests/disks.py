@@ -65,18 +65,19 @@ class Disk(Block):
 
     def release(self) -> None:
         """Let every call that is held go on, and hold no more."""
-        self.held.clear()
-        gates, self._gates = self._gates, []
+        with self._changed:
+            self.held.clear()
+            gates, self._gates = self._gates, []
         for loop, gate in gates:
             loop.call_soon_threadsafe(gate.set)
 
     async def _enter(self, *call: object) -> None:
         name = str(call[0])
         gate = asyncio.Event()
-        waits = name in self.held
-        if waits:
-            self._gates.append((asyncio.get_running_loop(), gate))
         with self._changed:
+            waits = name in self.held
+            if waits:
+                self._gates.append((asyncio.get_running_loop(), gate))
             self.calls.append(call)
             self._changed.notify_all()
         if waits:

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 _SCRIPTS = Path(__file__).resolve().parent.parent / "qemu-scripts"
 sys.path.insert(0, str(_SCRIPTS / "lib"))
 
-from vmm import NO_STATUS, TIMED_OUT, CommandOutput, Guest, Result, Served, Setup, vfio_user_device  # noqa: E402
+from vmm import (  # noqa: E402
+    NO_STATUS,
+    TIMED_OUT,
+    CommandOutput,
+    Guest,
+    Result,
+    Served,
+    Setup,
+    guest_folder,
+    vfio_user_device,
+)
 
 __all__ = [
     "MIB",
@@ -32,6 +42,7 @@ __all__ = [
     "Setup",
     "boot",
     "fio",
+    "guest_folder",
     "make_boot_disk",
     "make_image",
     "scripts",
@@ -68,9 +79,9 @@ def boot(command: str, *arguments: str, timeout: float = 120, **setup: Any) -> R
     return result
 
 
-def make_boot_disk(path: Path) -> None:
+def make_boot_disk(path: Path, sector_size: int = 512) -> None:
     """Makes a raw image that SeaBIOS and OVMF can boot; see qemu-scripts/make-boot-disk."""
-    subprocess.run([_SCRIPTS / "make-boot-disk", path], check=True)
+    subprocess.run([_SCRIPTS / "make-boot-disk", "--sector-size", str(sector_size), path], check=True)
 
 
 def make_image(path: Path, size: int) -> Path:

@@ -81,13 +81,23 @@ def test_null_keeps_the_contract_except_the_data(sector_size: int) -> None:
     asyncio.run(check_block(lambda: Null(64, sector_size=sector_size), stores=False))
 
 
-@pytest.mark.parametrize("options", [{}, {"lock": False}, {"sector_size": 4096}, {"read_only": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lock": False},
+        {"sector_size": 4096},
+        {"read_only": True},
+        {"direct": True, "sector_size": 4096},
+        {"direct": True, "bounce": True, "sector_size": 4096},
+    ],
+)
 def test_file_keeps_the_contract(image: Path, options: dict[str, object]) -> None:
     """check_block holds for a file, and what was written is there when it is opened again."""
     asyncio.run(check_block(lambda: File(image, **options), persistent=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"sector_size": 4096}, {"read_only": True}])
+@pytest.mark.parametrize("options", [{}, {"sector_size": 4096}, {"read_only": True}, {"direct": True}])
 def test_block_device_keeps_the_contract(device: Path, options: dict[str, object]) -> None:
     """check_block holds for a block device, discard and zeroes among it."""
     asyncio.run(check_block(lambda: File(device, **options), persistent=True))

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET  # of our own documents only
 import pytest
 from click.testing import CliRunner
 
+from vmmblk.backends.null import Null
 from vmmblk.cli.conform import conform
 from vmmblk.client.errors import ProtocolError, StatusError
 from vmmblk.conform.check import Broken, Check, Harm, NotOffered, NotTestable, Outcome, check, checks
@@ -124,6 +125,12 @@ def test_a_check_is_run_in_each_ring_format_that_is_offered(serve: Serve) -> Non
 
 
 # Servers that hang or die.
+
+
+def test_a_disk_that_keeps_nothing_is_not_held_against_every_check(serve: Serve) -> None:
+    """What the server could not do before a check does not count as harm done by it."""
+    served = serve(Null(2048))
+    assert [result.outcome for result in run(served.path, QUICK, [one(None)])] == [Outcome.PASSED]
 
 
 def test_a_server_that_dies_is_told_and_the_rest_is_not_tested(serve: Serve) -> None:

@@ -58,6 +58,17 @@ def test_threads_and_races(tmp_path: Path, sanitizers: list[str], rounds: int) -
     assert run(build(tmp_path / "test_core", sanitizers, *sources), str(rounds)) == "ok\n"
 
 
+@pytest.mark.parametrize("sanitizers", [["-O2"], MEMORY_AND_ARITHMETIC], ids=["plain", "address"])
+def test_a_driver_that_rewrites_what_the_device_reads(tmp_path: Path, sanitizers: list[str]) -> None:
+    """HOSTILE-026, -027, -028, -059: whatever mixture the device finds, it stays in memory that chains may name.
+
+    Not under the sanitizer of threads: two chains of a hostile driver may share a byte, and then its memory races.
+    """
+    names = ("memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c", "driver.c", "driver_packed.c")
+    sources = [TESTS / "csrc" / "race_driver.c", *(CSRC / name for name in names)]
+    assert run(build(tmp_path / "race_driver", sanitizers, *sources), "1500") == "ok\n"
+
+
 def test_the_fuzzers_inputs(tmp_path: Path) -> None:
     """What the fuzzer found worth keeping: every invariant of fuzz_queue.c holds for each input."""
     names = ("memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c")

@@ -275,6 +275,32 @@ def test_checked_refuses_a_buffer_that_is_not_whole_sectors() -> None:
     assert disk.calls == []
 
 
+def test_checked_answers_for_no_sectors_itself() -> None:
+    """A disk is never asked to forget or to zero nothing."""
+    asked: list[str] = []
+
+    class Forgetful(Plain):
+        def discard(self, sector_start: int, sectors: int) -> None:
+            asked.append("discard")
+
+        def secure_erase(self, sector_start: int, sectors: int) -> None:
+            asked.append("secure_erase")
+
+        def write_zeroes(self, sector_start: int, sectors: int, unmap: bool) -> None:
+            asked.append("write_zeroes")
+
+    async def use(count: int) -> None:
+        disk = Checked(Forgetful())
+        await disk.discard(0, count)
+        await disk.secure_erase(0, count)
+        await disk.write_zeroes(0, count, unmap=True)
+
+    asyncio.run(use(0))
+    assert asked == []
+    asyncio.run(use(1))
+    assert asked == ["discard", "secure_erase", "write_zeroes"]
+
+
 def test_checked_disconnects_the_disk_once_and_then_refuses() -> None:
     """Whatever is called after disconnect, the disk is left alone."""
     disk = Plain()

@@ -15,25 +15,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.guest
 
 
-@pytest.mark.parametrize("firmware", ["seabios", "ovmf"])
-def test_firmware_boots_from_the_disk(tmp_path: Path, firmware: str) -> None:
-    """SeaBIOS and OVMF load GRUB, kernel and initramfs from a vmmblk disk that bootindex puts first."""
-    make_boot_disk(tmp_path / "boot.img")
-    command = """set -e
-        test -e /sys/firmware/efi && echo booted by ovmf || echo booted by seabios
-        mkfs.ext4 -q /dev/vda2
-        mount -t ext4 /dev/vda2 /mnt
-        cp /bin/busybox /mnt
-        umount /mnt
-        fsck.ext4 -f -n /dev/vda2"""
-    with serve(tmp_path / "s", str(tmp_path / "boot.img")) as server:
-        device = vfio_user_device(server.socket, bootindex=0)
-        result = boot(command, *device, firmware=firmware, memory="384M")
-        assert (server.stop(), server.log) == (0, "")
-    assert result.status == 0, result.output
-    assert result.output.startswith(f"booted by {firmware}\n")
-
-
 def test_seabios_boots_through_the_window_when_the_bar_is_above_4_gib(tmp_path: Path) -> None:
     """On machine pc with 4 GiB only the PCI_CFG window reaches the BAR from 32-bit SeaBIOS, which boots by it."""
     make_boot_disk(tmp_path / "boot.img")

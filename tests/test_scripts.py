@@ -13,7 +13,8 @@ from guests import NO_STATUS, TIMED_OUT, CommandOutput, boot, make_boot_disk, sc
 if TYPE_CHECKING:
     from pathlib import Path
 
-GETTERS = ["get-guest", "get-libvfio-user", "get-qemu"]
+GETTERS = ["get-firmware", "get-guest", "get-libvfio-user", "get-qemu"]
+OTHERS = ["demo", "guest", "make-boot-disk", "../tests/guest-matrix", "../tests/run"]
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,7 +22,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([scripts() / script, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("script", [*GETTERS, "demo", "guest", "make-boot-disk", "../tests/run"])
+@pytest.mark.parametrize("script", [*GETTERS, *OTHERS])
 def test_help(script: str) -> None:
     """--help tells how the script is used, on standard output, and does nothing else."""
     result = run(script, "--help")

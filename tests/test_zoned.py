@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import os
 import signal
@@ -192,6 +193,7 @@ def test_a_zone_whose_medium_fails(tmp_path: Path, failed: ZoneState) -> None:
         disk = zoned(memory, state=path)
         await disk.write(ZONE, data(2))
         await disk.fail_zone(ZONE, failed)
+        disk._file.close()  # as when the process ends
         for each in (disk, zoned(memory, state=path)):
             assert await state(each, 1) is failed
             calls = [each.write(ZONE + 2, data(1)), each.append(ZONE, data(1)), each.reset_zone(ZONE)]
@@ -335,6 +337,7 @@ def test_zones_are_remembered(tmp_path: Path) -> None:
         await disk.finish_zone(4 * ZONE)
         await disk.write(5 * ZONE, data(1))
         await disk.reset_zone(5 * ZONE)
+        disk._file.close()  # as when the process ends
         again = zoned(memory, state=tmp_path / "zones")
         states = [await state(again, zone) for zone in range(1, 6)]
         assert states == [ZoneState.CLOSED, ZoneState.FULL, ZoneState.EMPTY, ZoneState.FULL, ZoneState.EMPTY]
@@ -669,9 +672,54 @@ def test_a_record_is_stable_before_store_returns(path: Path, monkeypatch: pytest
 def test_a_file_of_something_else_is_left_alone(path: Path, content: bytes) -> None:
     """It is refused, and not written."""
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="does not hold zones; name another file with state="):
-        ZoneFile(path, GEOMETRY, read_only=False)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="does not hold zones; name another file with state="):
+            ZoneFile(path, GEOMETRY, read_only=False)
     assert path.read_bytes() == content
+
+
+def test_a_file_has_one_writer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one is refused, also when the file was just made or has been written anew; who only looks is not."""
+    monkeypatch.setattr("vmmblk.filters.zone_file._GROWTH", 100)
+    file = ZoneFile(path, GEOMETRY, read_only=False)
+    for turn in range(1, 20):
+        with pytest.raises(ConfigError, match=f"^{path} is in use by another server; end it, or name another file"):
+            ZoneFile(path, GEOMETRY, read_only=False)
+        assert stored(path) == file.records
+        file.store({1: Record(ZoneState.CLOSED, turn)})
+    file.close()
+    again = ZoneFile(path, GEOMETRY, read_only=False)
+    assert again.records == {1: Record(ZoneState.CLOSED, 19)}
+    again.close()
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was there first still has it, or has ended and left what is there now."""
+    file = ZoneFile(path, GEOMETRY, read_only=False)
+    real = fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        file.store({1: Record(ZoneState.CLOSED, 3)})
+        file._rewrite(dict(file.records))
+        file.close()
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    again = ZoneFile(path, GEOMETRY, read_only=False)
+    assert again.records == {1: Record(ZoneState.CLOSED, 3)}
+    with pytest.raises(ConfigError, match="in use"):
+        ZoneFile(path, GEOMETRY, read_only=False)
+    again.close()
+
+
+def test_two_servers_do_not_share_the_zones_of_a_disk(path: Path) -> None:
+    """Whatever their disks are, and until the first has ended."""
+    first = zoned(state=path)
+    with pytest.raises(ConfigError, match="in use by another server"):
+        zoned(state=path)
+    run(first.disconnect())
+    run(zoned(state=path).disconnect())
 
 
 def test_a_file_of_another_geometry_is_refused(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +100,18 @@ def test_sectors_are_the_disk_s_own(tmp_path: Path) -> None:
     assert host.asked == [(REPORT, 896, 1), (FINISH, 896, 96)]
 
 
-def test_a_host_that_tells_of_no_zones_is_refused(tmp_path: Path) -> None:
-    """Such a disk cannot be served; one line says so."""
+def test_a_host_whose_zones_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    """It tells of none, or does not tell, or has zones of a kind that VIRTIO has not; one line says so."""
     host = ZonedHost(tmp_path)
+    report = host.table.report
     host.table.report = lambda *_: []  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match="no zone at sector 0"):
+    with pytest.raises(ConfigError, match="no zone at sector 0; look at them"):
+        host.device()
+    host.table.report = lambda *_: [replace(zone, type=4) for zone in report(*_)]  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="cannot use the zones of the disk: 4 is not a valid ZoneType; look at them"):
+        host.device()
+    host.fails["report"] = errno.ENOTTY
+    with pytest.raises(ConfigError, match=r"cannot use the zones of the disk: .*Inappropriate ioctl"):
         host.device()
 
 
@@ -222,10 +230,33 @@ def test_appends_at_the_same_time_share_nothing(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(placed) == 128
     for byte, sector in placed.items():
         end = sector + 1 + byte % 2
         assert set(host.data[sector * 512 : end * 512]) == {byte}
     assert sum(host.table.written(zone) for zone in range(1, 5)) == 8 * (8 + 16)
+
+
+@pytest.mark.parametrize("name", ["append", "reset_zone", "reset_all_zones"])
+def test_an_append_is_not_interrupted(tmp_path: Path, name: str) -> None:
+    """From looking at the write pointer to the end of the write nothing else changes the zone."""
+    host = ZonedHost(tmp_path)
+    device = host.device()
+    arguments = {"append": (SIZE, data(1)), "reset_zone": (SIZE,), "reset_all_zones": ()}[name]
+    other = threading.Thread(target=getattr(device, name), args=arguments)
+    write = host.write
+
+    def interrupted(sector_start: int, buffers: Any) -> None:
+        host.write = write  # type: ignore[method-assign]
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+        write(sector_start, buffers)
+
+    host.write = interrupted  # type: ignore[method-assign]
+    assert device.append(SIZE, data(2)) == SIZE
+    other.join()
+    assert device.report_zones(SIZE, 1)[0].write_pointer == SIZE + (3 if name == "append" else 0)
 
 
 def test_writes_that_are_in_flight_together_go_in_order(tmp_path: Path) -> None:
@@ -273,6 +304,18 @@ def test_an_error_of_the_medium_stays_one(tmp_path: Path, keeps: int) -> None:
         device.write(0, data(1))
     host.fails.clear()
     assert device.append(SIZE, data(1)) == SIZE + 1 + keeps
+
+
+def test_a_disk_that_tells_nothing_more(tmp_path: Path) -> None:
+    """A write has failed, and so has the question why: it is an I/O error, and asked about when the next comes."""
+    host = ZonedHost(tmp_path)
+    device = host.device()
+    device.write(SIZE, data(1))
+    host.fails, host.keeps = {"write": errno.EIO, "report": errno.EIO}, 2
+    with pytest.raises(OSError, match="Input/output"):
+        device.append(SIZE, data(4))
+    host.fails.clear()
+    assert device.append(SIZE, data(1)) == SIZE + 3
 
 
 # Commands.
@@ -372,7 +415,7 @@ def test_all_zones_are_reset_at_once(tmp_path: Path) -> None:
     device.reset_all_zones()
     assert host.asked == [(RESET, 0, 8 * SIZE - 4)]
     assert [host.state(zone) for zone in (1, 2, 3)] == [E, E, R]
-    device.write(SIZE, data(1))
+    assert device.append(SIZE, data(1)) == SIZE
 
 
 def test_a_zone_whose_medium_has_failed(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class ZonedHost:
         self.data = bytearray(self.info.size_bytes)
         self.asked: list[tuple[int, int, int]] = []
         self.fails: dict[str, int] = {}
-        """What a write, a read or a command fails with, whatever the zones say."""
+        """What a write, a read, a report or a command fails with, whatever the zones say."""
         self.keeps = 0
         """Sectors of a write that fails which are written all the same."""
         self.path = folder / "zoned"
@@ -93,20 +93,26 @@ class ZonedHost:
         first, second = struct.unpack_from("=QQ", argument)
         self.asked.append((request, first, second))
         if request == REPORT:
+            self._fail("report")
             self._report(argument, first // self.scale, second & 0xFFFFFFFF)
             return
         sector, sectors = first // self.scale, second // self.scale
         if request == RESET and sectors == self.info.size_sectors:
             for zone in self.table.resettable():
-                self.table.reset(zone)
+                self._reset(zone)
             return
         names = {RESET: "reset", OPEN: "open", CLOSE: "close", FINISH: "finish"}
         self._fail(names[request])
         zone = self._call(self.table.sequential, sector)
         assert sectors == min(self.table.zoning.zone_sectors, self.info.size_sectors - sector)
         self._call(getattr(self.table, f"check_{names[request]}"), zone)
-        change = {RESET: "reset", OPEN: "open_zone", CLOSE: "close_zone", FINISH: "finish"}[request]
-        getattr(self.table, change)(zone)
+        changes = {
+            OPEN: self.table.open_zone,
+            CLOSE: self.table.close_zone,
+            FINISH: self.table.finish,
+            RESET: self._reset,
+        }
+        changes[request](zone)
 
     def read(self, sector_start: int, buffers: Buffers) -> None:
         """Read, not from a zone that is offline."""
@@ -145,6 +151,12 @@ class ZonedHost:
         """The state of a zone."""
         return self.table.state(zone)
 
+    def _reset(self, zone: int) -> None:
+        start, size = self.table.start(zone), self.info.sector_size
+        end = start + self.table.capacity(zone)
+        self.data[start * size : end * size] = bytes((end - start) * size)
+        self.table.reset(zone)
+
     def _report(self, buffer: bytearray, sector: int, count: int) -> None:
         zones = list(self._blk_zones(sector, count))
         struct.pack_into("=QII", buffer, 0, sector * self.scale, len(zones), int(self.tells_capacity))
@@ -152,6 +164,9 @@ class ZonedHost:
 
     def _blk_zones(self, sector: int, count: int) -> Iterator[bytes]:
         assert count, "Linux refuses to report no zones"
+        size = self.table.zoning.zone_sectors
+        if sector % size >= self.table.capacity(sector // size):  # a SCSI disk has a zone there that Linux hides
+            sector = (sector // size + 1) * size
         for zone in self.table.report(sector, count):
             length = min(self.table.zoning.zone_sectors, self.info.size_sectors - zone.start)
             means = zone.state in (ZoneState.EMPTY, *range(2, 5))

@@ -1,18 +1,21 @@
-"""Bounds on what others can cause: how much they can have logged, how long they can make the transport wait.
+"""Bounds on what others can cause: what they can have logged, how long the transport waits, what memory they take.
 
 Pure: whoever asks brings the time.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import deque
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
-__all__ = ["DrainBudget", "LogBudget", "Patience"]
+__all__ = ["DrainBudget", "LogBudget", "Patience", "Room"]
 
 
 class LogBudget:
@@ -90,3 +93,32 @@ class Patience:
             self.window = min(max(2 * self.window, self._LEAST), self._most)
         else:
             self.window = self.window // 2 if self.window > self._LEAST else 0
+
+
+class Room:
+    """Memory of ``size`` bytes to share in one event loop: who asks first is served first."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._free = size
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def take(self, size: int) -> AsyncIterator[None]:
+        """Hold ``size`` bytes, as soon as there are so many; whoever asks for more than there is gets all."""
+        size = min(size, self._size)
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, turn))
+        self._serve()
+        await turn
+        try:
+            yield
+        finally:
+            self._free += size
+            self._serve()
+
+    def _serve(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self._free:
+            size, turn = self._waiting.popleft()
+            self._free -= size
+            turn.set_result(None)

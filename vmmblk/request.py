@@ -114,7 +114,7 @@ class GetLifetime:
 class ZoneAppend:
     """ZONE_APPEND: store ``length`` bytes of device-readable data in the zone that starts at ``sector``.
 
-    The device-writable data is the 8 bytes of append_sector.
+    The device-writable data begins with the 8 bytes of append_sector.
     """
 
     sector: int
@@ -262,8 +262,9 @@ def _parse_get_lifetime(_sector: int, _readable: int, writable: int, limits: Lim
 
 def _parse_zone_append(sector: int, readable: int, writable: int, limits: Limits) -> Request:
     _require(Feature.BLK_ZONED, limits)
-    if writable != ZONE_APPEND_SECTOR.size:
-        raise BadRequest(Status.IOERR, f"{writable} bytes for append_sector, not {ZONE_APPEND_SECTOR.size}")
+    # Linux gives 15 bytes and looks into the first: there is padding between append_sector and status in its structure.
+    if writable < ZONE_APPEND_SECTOR.size:
+        raise BadRequest(Status.IOERR, f"{writable} bytes have no room for append_sector's {ZONE_APPEND_SECTOR.size}")
     if readable > limits.max_append_sectors * SECTOR_SIZE:
         # BLK-114, BLK-115
         status = Status.ZONE_INVALID_CMD if limits.max_append_sectors else Status.UNSUPP

@@ -39,7 +39,7 @@ from vmmblk.block import (
     Zone,
     operations,
 )
-from vmmblk.budget import LogBudget, Patience
+from vmmblk.budget import LogBudget, Patience, Room
 from vmmblk.errors import BadRequest, BlockError, Unimplemented, status_of
 from vmmblk.request import (
     Discard,
@@ -87,7 +87,7 @@ __all__ = ["Supervisor", "Worker"]
 log = logging.getLogger("vmmblk.worker")
 
 _BOUNCE_CHUNK = 1 << 20  # bytes of a bounced request that are in private memory at a time
-_BOUNCES = 32  # requests that bounce at a time
+_BOUNCE_ROOM = 32 << 20  # bytes of private memory, of all requests; one alone may take more
 _LOOK_NS = 1_000_000  # of looking for more between turns of the event loop
 _REPORT_ZONES = 16384  # zones told of in one request: 1 MiB
 
@@ -183,8 +183,7 @@ class Worker:
         self._stop = asyncio.Event()
         self._zoned = block if isinstance(block, SupportsZones) and Operation.ZONES in operations(block) else None
         self._scale = self._sector_size // SECTOR_SIZE
-        # A write to a zone is one write or none, so it cannot be cut into pieces; but then not many at a time.
-        self._bounces = asyncio.Semaphore(_BOUNCES if self._zoned is None else 1)
+        self._private = Room(_BOUNCE_ROOM)
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self.failed: BaseException | None = None
         """What ended the worker before its time."""
@@ -266,7 +265,8 @@ class Worker:
     def _flush_soon(self) -> None:
         if not self._flushing:
             self._flushing = True
-            self._starter.spawn(self._flush_while_due())
+            with self._starter as starter:  # before any write that the driver makes from now on
+                starter.begin(self._flush_while_due())
 
     async def _flush_while_due(self) -> None:
         while self._flush_due:
@@ -541,7 +541,7 @@ class Worker:
             placed = self._zones.append(zone, chain.views_in)
             sector = placed if isinstance(placed, int) else await placed
         else:
-            async with self._bounces:
+            async with self._private.take(sum(map(len, chain.views_in))):
                 copy = _private_copy(chain.views_in)
                 placed = self._zones.append(zone, [copy] if copy else [])
                 sector = placed if isinstance(placed, int) else await placed
@@ -586,8 +586,7 @@ class Worker:
         if self._fits(views, chain.addresses):
             await _finished(call(sector, views))
         else:
-            async with self._bounces:
-                await self._bounce(call, sector, views, fill=fill)
+            await self._bounce(call, sector, views, fill=fill)
 
     def _fits(self, views: list[memoryview], addresses: int) -> bool:
         if self._bounces_all or addresses & self._address_mask:
@@ -607,15 +606,18 @@ class Worker:
         length = sum(map(len, views))
         if sector * self._sector_size + length > self._block.info.size_bytes:
             raise BadRequest(Status.IOERR, "the request reaches past the end of the disk")
-        for piece in _pieces(views, _BOUNCE_CHUNK if self._zoned is None else max(length, 1)):
-            size = sum(map(len, piece))
-            buffer = memoryview(mmap.mmap(-1, size))  # page-aligned; freed with the last view of it
-            if not fill:
-                _gather(piece, buffer)
-            await _finished(call(sector, [buffer]))
-            if fill:
-                _scatter(buffer, piece)
-            sector += size // self._sector_size
+        # a write to a zone is one write or none, so it cannot be cut into pieces
+        chunk = _BOUNCE_CHUNK if self._zoned is None else max(length, 1)
+        async with self._private.take(min(chunk, length)):
+            for piece in _pieces(views, chunk):
+                size = sum(map(len, piece))
+                buffer = memoryview(mmap.mmap(-1, size))  # page-aligned; freed with the last view of it
+                if not fill:
+                    _gather(piece, buffer)
+                await _finished(call(sector, [buffer]))
+                if fill:
+                    _scatter(buffer, piece)
+                sector += size // self._sector_size
 
 
 async def _attempt(what: str, call: Callable[[], Awaitable[None] | None]) -> None:

@@ -44,7 +44,7 @@ stage() {
 # publish FOLDER TARGET KEY: puts FOLDER (inside $staging) at TARGET, in place of what was there.
 publish() {
     printf '%s\n' "$3" >"$1/.stamp"
-    [[ ! -e $2 ]] || mv -T -- "$2" "$staging/.old"
+    [[ ! -e $2 ]] || mv -T -- "$2" "$staging/.old-${2##*/}"
     mv -T -- "$1" "$2"
 }
 
@@ -109,7 +109,9 @@ private_apt() {
     archive=$(debian_archive)
     [[ -n $archive ]] || die "no Debian archive in this machine's apt sources: add one for 'main' and try again"
     mkdir -p "$folder"/{state/lists/partial,cache/archives/partial}
-    # Scripts that run at the same time share the lists; apt itself would fail rather than wait.
+    # Scripts that run at the same time share the lists; apt itself would fail rather than wait. What an earlier call
+    # holds is let go.
+    [[ -z ${apt_lock_fd:-} ]] || exec {apt_lock_fd}>&-
     exec {apt_lock_fd}>"$folder/lock"
     flock "$apt_lock_fd"
     : >"$folder/status"

@@ -1,8 +1,10 @@
-"""Packs the initramfs of the test guest: a few programs with their libraries, a few modules, and an init.
+"""Packs the initramfs of a test guest, in two archives: programs with their libraries and an init, and modules.
 
-Run by get-guest as ``initramfs.py LOADER USERLAND KERNEL INIT OUTPUT PROGRAM...``. LOADER is the dynamic loader of the
-unpacked Debian packages in USERLAND, and KERNEL the unpacked kernel package. The archive is written here, entry by
-entry, so that it needs neither root nor cpio, and every file in it belongs to root.
+Run by get-guest as ``initramfs.py programs LOADER USERLAND INIT OUTPUT PROGRAM...`` and as ``initramfs.py modules
+KERNEL OUTPUT SMALL-OUTPUT``. LOADER is the dynamic loader of the unpacked Debian packages in USERLAND, and KERNEL the
+unpacked kernel packages. The archives are written here, entry by entry, so that it needs neither root nor cpio, and
+every file in them belongs to root. They are not compressed: an emulated guest takes longer to inflate them than to
+read them.
 """
 
 from __future__ import annotations
@@ -14,9 +16,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-LINKS = {"usr/bin/mkfs.ext4": "mke2fs", "usr/bin/fsck.ext4": "e2fsck", "bin/sh": "../usr/bin/dash"}
-# ext4 computes its checksums with a driver that it asks for by name only.
-MODULES = ["virtio_pci", "virtio_blk", "crc32c_generic", "crc32c_cryptoapi", "ext4", "qemu_fw_cfg"]
+LINKS = {
+    "usr/bin/mkfs.ext4": "mke2fs",
+    "usr/bin/fsck.ext4": "e2fsck",
+    "bin/sh": "../usr/bin/dash",
+    "sbin/modprobe": "../bin/busybox",
+}
+# Loaded by init. ext4 computes its checksums with a driver that it asks for by name only.
+AT_ONCE = ["virtio_pci", "virtio_blk", "crc32c_generic", "crc32c_cryptoapi", "ext4", "qemu_fw_cfg"]
+# Loaded when they are mounted or asked for: some of them measure the processor first, which takes a while.
+ON_DEMAND = ["xfs", "btrfs", "zonefs", "f2fs", "crc32_generic", "crc32_cryptoapi", "null_blk"]
 
 
 class Archive:
@@ -81,30 +90,43 @@ def libraries(loader: Path, folder: Path, program: Path) -> dict[str, Path]:
     return {Path(name).name: Path(file) for name, file in found if Path(name).name != loader.name}
 
 
-def module_order(kernel: Path) -> list[tuple[str, bytes]]:
-    """The modules wanted that are not built in, each after those it depends on, with their contents."""
-    files = {file.name.split(".ko")[0].replace("-", "_"): file for file in kernel.rglob("*.ko*")}
-    ordered: dict[str, bytes] = {}
+class Modules:
+    """The modules of an unpacked kernel."""
 
-    def add(name: str) -> None:
-        if name in ordered or name not in files:
-            return
-        packed = files[name].read_bytes()
-        data = lzma.decompress(packed) if files[name].suffix == ".xz" else packed
-        depends = re.search(rb"\0depends=([^\0]*)\0", data)
-        for other in depends[1].decode().replace("-", "_").split(",") if depends else []:
-            add(other)
-        ordered[name] = data
+    def __init__(self, kernel: Path) -> None:
+        self._files = {file.name.split(".ko")[0].replace("-", "_"): file for file in kernel.rglob("*.ko*")}
+        self._data: dict[str, bytes] = {}
+        # .../lib/modules/RELEASE/kernel/drivers/block/virtio_blk.ko
+        self.release = self._files["virtio_blk"].parents[3].name
 
-    for name in MODULES:
-        add(name)
-    return list(ordered.items())
+    def data(self, name: str) -> bytes:
+        """The module, decompressed."""
+        if name not in self._data:
+            packed = self._files[name].read_bytes()
+            self._data[name] = lzma.decompress(packed) if self._files[name].suffix == ".xz" else packed
+        return self._data[name]
+
+    def told(self, name: str, key: str) -> list[str]:
+        """What the module says of itself under a key."""
+        return [value.decode() for value in re.findall(rb"\0%b=([^\0]*)(?=\0)" % key.encode(), self.data(name))]
+
+    def depends(self, name: str) -> list[str]:
+        """The modules that must be there before this one."""
+        return [other for value in self.told(name, "depends") for other in value.replace("-", "_").split(",") if other]
+
+    def ordered(self, names: list[str]) -> list[str]:
+        """Those of these modules that are not built in, each after those it depends on."""
+        found: dict[str, None] = {}
+        for name in names:
+            if name in self._files and name not in found:
+                found |= dict.fromkeys([*self.ordered(self.depends(name)), name])
+        return list(found)
 
 
-def main(loader: Path, userland: Path, kernel: Path, init: Path, output: Path, *programs: Path) -> None:
-    """Writes the archive to output, uncompressed: an emulated guest takes longer to inflate it than to read it."""
+def pack_programs(loader: Path, userland: Path, init: Path, output: Path, *programs: Path) -> None:
+    """Writes the archive of the programs, busybox and init."""
     archive = Archive()
-    for folder in ("dev", "proc", "sys", "tmp", "mnt", "root", "etc", "bin", "usr/bin", "lib64", "lib/modules"):
+    for folder in ("dev", "proc", "sys", "tmp", "mnt", "root", "etc", "bin", "sbin", "usr/bin", "lib64"):
         archive.folder(folder)
     archive.file("init", init.read_bytes())
     archive.file("bin/busybox", find(userland, "busybox").read_bytes())
@@ -117,12 +139,30 @@ def main(loader: Path, userland: Path, kernel: Path, init: Path, output: Path, *
             archive.file(f"usr/lib/x86_64-linux-gnu/{library}", file.read_bytes())
     for name, target in LINKS.items():
         archive.link(name, target)
-    modules = module_order(kernel)
-    for name, data in modules:
-        archive.file(f"lib/modules/{name}.ko", data, 0o644)
-    archive.file("lib/modules/order", "".join(f"{name}\n" for name, _ in modules).encode(), 0o644)
     output.write_bytes(archive.end())
 
 
+def pack_modules(kernel: Path, output: Path, small_output: Path) -> None:
+    """Writes the archive of all modules, and a small one of those that init loads, with what modprobe reads."""
+    modules = Modules(kernel)
+    folder = f"lib/modules/{modules.release}"
+    at_once = modules.ordered(AT_ONCE)
+    for names, file in ((modules.ordered([*AT_ONCE, *ON_DEMAND]), output), (at_once, small_output)):
+        archive = Archive()
+        for name in names:
+            archive.file(f"{folder}/{name}.ko", modules.data(name), 0o644)
+        needed = {name: "".join(f" {other}.ko" for other in modules.ordered(modules.depends(name))) for name in names}
+        depends = [f"{name}.ko:{needed[name]}\n" for name in names]
+        aliases = [f"alias {alias} {name}\n" for name in names for alias in modules.told(name, "alias")]
+        archive.file(f"{folder}/modules.dep", "".join(depends).encode(), 0o644)
+        archive.file(f"{folder}/modules.alias", "".join(aliases).encode(), 0o644)
+        archive.file("lib/modules/at-once", "".join(f"{folder}/{name}.ko\n" for name in at_once).encode(), 0o644)
+        file.write_bytes(archive.end())
+
+
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:]))
+    kind, *paths = sys.argv[1:]
+    if kind == "programs":
+        pack_programs(*map(Path, paths))
+    else:
+        pack_modules(*map(Path, paths))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self, cast
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
@@ -40,14 +41,19 @@ def qemu() -> Path:
     return Path(_last_line(SCRIPTS / "get-qemu"))
 
 
-def guest_folder() -> Path:
-    """The folder of the guest's kernel and initramfs, fetched first if need be."""
-    return Path(_last_line(SCRIPTS / "get-guest"))
+def guest_folder(kernel: str = "") -> Path:
+    """The folder of the guest's kernel and initramfs, fetched first if need be; ``kernel`` is get-guest's KERNEL."""
+    return Path(_last_line(SCRIPTS / "get-guest", *([kernel] if kernel else [])))
 
 
-def _last_line(script: Path) -> str:
+def firmware_image(name: str) -> Path:
+    """The image of firmware that get-firmware knows by this name, fetched first if need be."""
+    return Path(_last_line(SCRIPTS / "get-firmware", name))
+
+
+def _last_line(script: Path, *arguments: str) -> str:
     # Its standard error is the user's: progress is shown there.
-    result = subprocess.run([script], stdout=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run([script, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
         raise SystemExit(result.returncode)
     return result.stdout.splitlines()[-1]
@@ -77,7 +83,9 @@ class Setup:
 
     ``memory`` is in QEMU's notation. ``memory_backend`` is ``shared`` (a memfd that a vfio-user server can map),
     ``private`` (a memfd whose pages the guest copies on write) or ``none`` (plain ``-m``). ``firmware`` is None to
-    boot the kernel directly, or ``seabios`` or ``ovmf`` to boot from a disk.
+    boot the kernel directly, ``seabios`` or ``ovmf`` to boot from a disk, or one of get-firmware's: U-Boot, on the
+    machine ``pc``, waits on the console for commands. ``kernel`` is get-guest's KERNEL. ``console`` is a connected
+    socket that becomes the console, to type there.
     """
 
     memory: str = "512M"
@@ -85,8 +93,10 @@ class Setup:
     machine: str = "q35"
     memory_backend: str = "shared"
     firmware: str | None = None
+    kernel: str = ""
     kernel_args: str = ""
     allow_reboot: bool = False
+    console: socket.socket | None = None
     arguments: list[str] = field(default_factory=list)
 
     def command_line(self, folder: Path, *, interactive: bool) -> list[str]:
@@ -107,7 +117,10 @@ class Setup:
             line += ["-fw_cfg", "name=opt/vmmblk/shell,string=1"]
             line += ["-serial", "mon:stdio"]
         else:
-            line += ["-chardev", f"file,id=console,path={folder}/console", "-serial", "chardev:console"]
+            console = f"file,id=console,path={folder}/console"
+            if self.console is not None:
+                console = f"socket,id=console,fd={self.console.fileno()},logfile={folder}/console"
+            line += ["-chardev", console, "-serial", "chardev:console"]
             line += ["-chardev", "stdio,id=output,signal=off", "-serial", "chardev:output"]
         return line + self.arguments
 
@@ -120,7 +133,9 @@ class Setup:
             return ["-drive", code, "-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
         if self.firmware == "seabios":
             return []
-        place = guest_folder()
+        if self.firmware is not None:
+            return ["-bios", str(firmware_image(self.firmware))]
+        place = guest_folder(self.kernel)
         line = ["-kernel", f"{place}/vmlinuz", "-initrd", f"{place}/initramfs"]
         return [*line, "-append", f"{KERNEL_ARGUMENTS} {self.kernel_args}".strip()]
 
@@ -239,7 +254,13 @@ class Guest:
         self._output = CommandOutput()
         line = setup.command_line(self._folder, interactive=False)
         with (self._folder / "qemu-log").open("wb") as log:
-            self.process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+            self.process = subprocess.Popen(
+                line,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                pass_fds=[] if setup.console is None else [setup.console.fileno()],
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -25,6 +25,8 @@ class Mutant:
     old: str
     new: str
     tests: str
+    setup: str = "everything"
+    """What ``vmmblk conform`` must notice it with, see setups.py."""
 
 
 DEVICE, QUEUES, PCI, REQUEST = (f"tests/test_{name}.py" for name in ("device", "device_queues", "pci", "request"))
@@ -60,6 +62,7 @@ MUTANTS = [
         "(value << 32 * select & self.config.features)",
         "(value << 32 * select)",
         DEVICE,
+        "plain",
     ),
     Mutant(
         "FEAT-006 features change after FEATURES_OK",
@@ -81,6 +84,7 @@ MUTANTS = [
         "Feature.BLK_RO: not info.read_write,",
         "Feature.BLK_RO: False,",
         DEVICE,
+        "read-only",
     ),
     # configuration space
     Mutant(
@@ -103,6 +107,7 @@ MUTANTS = [
         "capacity=info.size_bytes // SECTOR_SIZE,",
         "capacity=info.size_sectors,",
         DEVICE,
+        "4096",
     ),
     Mutant(
         "HOSTILE-119 the cache is switched without CONFIG_WCE",
@@ -220,17 +225,17 @@ MUTANTS = [
         REQUEST,
     ),
     Mutant(
-        "HOSTILE-178 the end of a segment wraps",
+        "HOSTILE-178 segments past the end are left out",
         "vmmblk/request.py",
-        "if sector + sectors > end:",
-        "if (sector + sectors) % (1 << 64) > end:",
+        "    if sector + sectors > end:\n        raise",
+        "    if sector + sectors > end:\n        return Range(0, 0)\n        raise",
         REQUEST,
     ),
     Mutant(
-        "HOSTILE-152 reads of part of a sector are served",
+        "HOSTILE-152 part of a sector is not supported",
         "vmmblk/request.py",
-        "if (sector * SECTOR_SIZE | writable) % limits.sector_size:",
-        "if sector * SECTOR_SIZE % limits.sector_size:",
+        "limits: Limits, status: Status = Status.IOERR",
+        "limits: Limits, status: Status = Status.UNSUPP",
         REQUEST,
     ),
     Mutant(
@@ -267,6 +272,7 @@ MUTANTS = [
         "if not (self._connected and self._read_write):\n            return",
         "if not self._connected:\n            return",
         "tests/test_filters.py tests/test_block_contract.py",
+        "says it is read-only",
     ),
     # zones
     Mutant(
@@ -275,6 +281,7 @@ MUTANTS = [
         "if piece.offset != self._written[zone]:",
         "if piece.offset < 0:",
         ZONED,
+        "zoned",
     ),
     Mutant(
         "BLK-139 what was there before a reset can be read",
@@ -282,6 +289,7 @@ MUTANTS = [
         "return max(0, min(piece.sectors, self._written[piece.zone] - piece.offset))",
         "return piece.sectors",
         ZONED,
+        "zoned",
     ),
     Mutant(
         "BLK-147 any number of zones is open",
@@ -289,6 +297,7 @@ MUTANTS = [
         "if opens and limits.max_open and self.open >= limits.max_open and not self._implicit:",
         "if opens and not limits:",
         ZONED,
+        "zoned",
     ),
     Mutant(
         "BLK-111 conventional zones take commands",
@@ -296,6 +305,7 @@ MUTANTS = [
         "if zone < self.conventional:\n            raise",
         "if zone < 0:\n            raise",
         ZONED,
+        "zoned",
     ),
     Mutant(
         "BLK-115 appends are of any length",
@@ -303,6 +313,7 @@ MUTANTS = [
         "if readable > limits.max_append_sectors * SECTOR_SIZE:",
         "if readable and not limits.max_append_sectors:",
         ZONED,
+        "failed zones",
     ),
     Mutant(
         "BLK-160 a zone that was never written is closed",
@@ -310,6 +321,7 @@ MUTANTS = [
         "self._enter(zone, ZoneState.CLOSED if self._written[zone] else ZoneState.EMPTY)",
         "self._enter(zone, ZoneState.CLOSED)",
         ZONED,
+        "zoned",
     ),
     # rings
     Mutant(
@@ -388,6 +400,7 @@ MUTANTS = [
         "if (slots == room || ",
         "if ((void)room, ",
         PACKED,
+        "default",
     ),
     Mutant(
         "RING-PACKED-021 a used list is skipped by one slot",

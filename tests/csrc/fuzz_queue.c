@@ -114,12 +114,24 @@ static uint32_t held_of(const struct fuzz *f, uint32_t queue)
 	return n;
 }
 
+/* The list of orphans that ended and have not been told holds those and no others. */
+static void check_untold(const struct vmm_queue *q)
+{
+	uint32_t n = 0, at = q->slots ? q->first_untold : UINT32_MAX;
+
+	for (; at != UINT32_MAX; at = q->slots[at].next, n++)
+		CHECK(q->slots[at].state == SLOT_UNTOLD && n < q->max_size);
+	CHECK(n == q->untold && (!q->slots || *q->untold_end == UINT32_MAX));
+}
+
 /* Exactly what was popped and not completed is in flight or orphaned. */
 static void check(struct fuzz *f)
 {
 	CHECK(vmm_device_busy(f->device) + vmm_device_orphans(f->device) == f->nr_held);
 	for (uint32_t q = 0; q < QUEUES; q++)
 		CHECK(vmm_queue_busy(f->queue[q]) <= held_of(f, q));
+	for (uint32_t q = 0; q < QUEUES; q++)
+		check_untold(f->queue[q]);
 	for (uint32_t q = 0; q < QUEUES; q++)	/* a packed ring's position never leaves it */
 		CHECK(!f->config[q].packed || f->queue[q]->next_avail < 2 * f->config[q].size);
 }
@@ -224,7 +236,7 @@ static void start(struct fuzz *f, uint32_t q)
 	uint64_t how = take(f, 1), near = take(f, 1);	/* near: areas that lie over the end of a page */
 	struct vmm_queue_config config = {
 		.size = how & 16 ? (uint32_t)take(f, 1) : 1u << (how & 7), .vector = q,
-		.event_idx = how & 32, .indirect = how & 64, .packed = how & 8,
+		.event_idx = how & 32, .indirect = how & 64, .packed = how & 8, .in_order = q,
 		.desc = q * 8 * PAGE, .driver = q * 8 * PAGE + 2 * PAGE, .device = q * 8 * PAGE + 4 * PAGE,
 	};
 

@@ -221,7 +221,9 @@ class ZonedDevice(Block):
 
     def report_zones(self, sector_start: int, count: int) -> list[Zone]:
         """The zones as the disk tells of them now.  Raises: OSError."""
-        return self._zones.report(sector_start, min(count, len(self._types)))
+        # from the start of the zone: behind the capacity of a SCSI disk's zone lies another, which Linux skips
+        first = sector_start - sector_start % self._zoning.zone_sectors
+        return self._zones.report(first, min(count, len(self._types)))
 
     def open_zone(self, sector_start: int) -> None:
         """Open explicitly.  Raises: ZoneInvalidCommand, ZoneOpenResource, ZoneActiveResource, OSError."""
@@ -257,9 +259,14 @@ class ZonedDevice(Block):
         """Of each zone its type, and how many sectors can be written: what never changes."""
         types, capacities, sector = bytearray(), array("Q"), 0
         while sector < self.info.size_sectors:
-            zones = self._zones.report(sector, _ZONES_AT_A_TIME)
+            try:
+                zones = self._zones.report(sector, _ZONES_AT_A_TIME)
+            except (OSError, ValueError) as exc:
+                raise ConfigError(
+                    f"cannot use the zones of the disk: {exc}; look at them with: blkzone report"
+                ) from None
             if not zones:
-                raise ConfigError(f"the disk tells of no zone at sector {sector}; check it with: blkzone report")
+                raise ConfigError(f"the disk has no zone at sector {sector}; look at them with: blkzone report")
             types += bytes(zone.type for zone in zones)
             capacities.extend(zone.capacity for zone in zones)
             sector = len(types) * self._zones.zone_sectors

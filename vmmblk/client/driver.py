@@ -82,7 +82,8 @@ class VirtioBlk:
     ``features`` masks what is accepted of the offer (default: SUPPORTED).  ``queue_size`` is an upper bound.
     ``queues`` is how many to set up.  ``indirect`` uses indirect tables for every chain; by default only for chains
     that do not fit otherwise.  ``window`` goes through the PCI_CFG window; ``posted=False`` waits for the reply to
-    each BAR write.  With ``start=False`` nothing is written to the device until ``init`` is called.
+    each BAR write.  ``interrupts`` are MSI-X by default, or INTx on a device without it.  With ``start=False`` nothing
+    is written to the device until ``init`` is called.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class VirtioBlk:
         features: int | None = None,
         queue_size: int | None = None,
         queues: int = 1,
-        interrupts: Interrupts = Interrupts.MSIX,
+        interrupts: Interrupts | None = None,
         indirect: bool | None = None,
         window: bool = False,
         posted: bool = True,
@@ -118,6 +119,8 @@ class VirtioBlk:
         self._size_max = _NO_LIMIT
         self._config_changes = 0
         self._generation = 0
+        if interrupts is None:
+            interrupts = Interrupts.INTX if self.pci.msix is None else Interrupts.MSIX
         self.lines = InterruptLines(self.pci, interrupts, queues)
         if start:
             try:

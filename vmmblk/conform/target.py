@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["SCRATCH_SECTORS", "TAIL_SECTORS", "Facts", "Options", "Target"]
+__all__ = ["FAR_SECTOR", "SCRATCH_SECTORS", "TAIL_SECTORS", "Facts", "Options", "Target"]
 
 SCRATCH_SECTORS = 4096
 """What checks write from sector 0 on, at most (512 bytes each); it is put back in the end."""
 TAIL_SECTORS = 128
 """What they write at the end of the disk, at most."""
+FAR_SECTOR = 1 << 50
+"""A sector that no disk has, however it may have grown since it was asked."""
 _PAUSE = 0.01
 
 

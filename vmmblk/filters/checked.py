@@ -132,17 +132,20 @@ class Checked(Filter):
     async def discard(self, sector_start: int, sectors: int) -> None:
         """Check, then ``discard``."""
         self._check_range(sector_start, sectors)
-        await super().discard(sector_start, sectors)
+        if sectors:
+            await super().discard(sector_start, sectors)
 
     async def write_zeroes(self, sector_start: int, sectors: int, unmap: bool) -> None:
         """Check, then ``write_zeroes``."""
         self._check_range(sector_start, sectors)
-        await super().write_zeroes(sector_start, sectors, unmap)
+        if sectors:
+            await super().write_zeroes(sector_start, sectors, unmap)
 
     async def secure_erase(self, sector_start: int, sectors: int) -> None:
         """Check, then ``secure_erase``."""
         self._check_range(sector_start, sectors)
-        await super().secure_erase(sector_start, sectors)
+        if sectors:
+            await super().secure_erase(sector_start, sectors)
 
     async def report_zones(self, sector_start: int, count: int) -> Sequence[Zone]:
         """Check, then ``report_zones``."""

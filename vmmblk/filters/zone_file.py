@@ -4,10 +4,14 @@ The file is a log.  After a header that tells the geometry come records, each th
 zone counts.  A record is appended and brought to stable storage before what it tells is acknowledged.  A crash can
 leave a torn record at the end only: its checksum is wrong, and it is ignored, as nobody was told of it.  When the log
 has grown it is written anew beside itself and put in its place by rename, which is whole or not at all.
+
+Whoever writes it holds a lock on it: two servers would each believe in write pointers of their own.  What is written
+anew is locked before it is put in place, so there is no moment without a lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import zlib
@@ -55,7 +59,8 @@ _NEW = Record(ZoneState.EMPTY, 0)
 class ZoneFile:
     """The file ``path``, made if it does not exist; with ``read_only`` it is only looked at.
 
-    Its methods block, and only one may run at a time.  Raises: ConfigError for a file that is of another disk.
+    Its methods block, and only one may run at a time.  Raises: ConfigError for a file that is of another disk, or is
+    used by another server.
     """
 
     def __init__(self, path: Path, geometry: Geometry, *, read_only: bool) -> None:
@@ -66,12 +71,16 @@ class ZoneFile:
         self._end = 0
         self._torn = False
         try:
-            if path.exists():
-                self._records = _parse(path, path.read_bytes(), self._header)
-            if not read_only:
-                self._rewrite(self._records)
+            self._load(read_only=read_only)
+        except BlockingIOError:
+            self.close()
+            raise ConfigError(f"{path} is in use by another server; end it, or name another file with state=") from None
         except OSError as exc:
+            self.close()
             raise ConfigError(f"cannot keep zones in {path}: {exc.strerror}; check it and its folder") from None
+        except ConfigError:
+            self.close()
+            raise
 
     @property
     def records(self) -> Mapping[int, Record]:
@@ -95,6 +104,15 @@ class ZoneFile:
             os.close(self._fd)
             self._fd = -1
 
+    def _load(self, *, read_only: bool) -> None:
+        exists = self._path.exists()
+        if exists and not read_only:
+            self._fd = _claim(self._path)
+        if exists:
+            self._records = _parse(self._path, self._path.read_bytes(), self._header)
+        if not read_only:
+            self._rewrite(self._records)
+
     def _append(self, data: bytes) -> None:
         self._torn = True  # unless all goes well: what comes after a torn record would not be found
         _write_all(self._fd, data, self._end)
@@ -105,8 +123,9 @@ class ZoneFile:
     def _rewrite(self, records: Mapping[int, Record]) -> None:
         data = self._header + _encode({zone: record for zone, record in records.items() if record != _NEW})
         new = self._path.with_name(self._path.name + ".new")
-        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        fd = _claim(new)
         try:
+            os.ftruncate(fd, 0)
             _write_all(fd, data, 0)
             os.fsync(fd)
             new.rename(self._path)
@@ -152,6 +171,20 @@ def _parse(path: Path, data: bytes, header: bytes) -> dict[int, Record]:
             break
         records[zone] = Record(ZoneState(state), written)
     return records
+
+
+def _claim(path: Path) -> int:
+    """Open a file, made if it does not exist, and lock it.  Raises: BlockingIOError if another server has it."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # another one has been put in its place meanwhile
 
 
 def _write_all(fd: int, data: bytes, at: int) -> None:
