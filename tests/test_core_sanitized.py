@@ -26,9 +26,9 @@ ENVIRONMENT = {
 }
 
 
-def build(target: Path, sanitizers: Sequence[str], *sources: Path) -> Path:
+def build(target: Path, sanitizers: Sequence[str], *sources: Path, libraries: Sequence[str] = ()) -> Path:
     """Compile a program with the system's compiler."""
-    command = ["cc", *FLAGS, *sanitizers, f"-I{CSRC}", *map(str, sources), "-o", str(target)]
+    command = ["cc", *FLAGS, *sanitizers, f"-I{CSRC}", *map(str, sources), "-o", str(target), *libraries]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return target
@@ -67,6 +67,23 @@ def test_a_driver_that_rewrites_what_the_device_reads(tmp_path: Path, sanitizers
     names = ("memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c", "driver.c", "driver_packed.c")
     sources = [TESTS / "csrc" / "race_driver.c", *(CSRC / name for name in names)]
     assert run(build(tmp_path / "race_driver", sanitizers, *sources), "1500") == "ok\n"
+
+
+@pytest.mark.parametrize("kind", ["memory", "inline", "uring", "threads"])
+@pytest.mark.parametrize(
+    ("sanitizers", "rounds"),
+    [(["-O2"], 20_000), (MEMORY_AND_ARITHMETIC, 10_000), (THREADS, 3_000)],
+    ids=["plain", "address", "thread"],
+)
+def test_the_engine_while_memory_comes_and_goes(tmp_path: Path, sanitizers: list[str], rounds: int, kind: str) -> None:
+    """Every request of every queue is answered once, with the right data, while memory is taken back and mapped anew.
+
+    Memory, files that never wait, files by io_uring, and files whose transfers are handed over.
+    """
+    names = ("memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c", "driver.c", "driver_packed.c", "engine.c")
+    sources = [TESTS / "csrc" / "test_engine.c", *(CSRC / name for name in names)]
+    program = build(tmp_path / "test_engine", sanitizers, *sources, libraries=["-luring"])
+    assert run(program, kind, str(rounds)) == "ok\n"
 
 
 def test_the_fuzzers_inputs(tmp_path: Path) -> None:

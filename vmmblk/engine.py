@@ -92,6 +92,8 @@ class Engine:
             len(queues),
         )
         if self._handle == ffi.NULL:
+            for each in ready:
+                os.close(each)
             raise MemoryError
         for index, queue in enumerate(queues):
             lane = lib.vmm_engine_lane(self._handle, index)

@@ -7,6 +7,7 @@
 #include <limits.h>
 #include <poll.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -20,6 +21,8 @@
 #define URING_MAX 32768
 #define IDLE_IOV 16			/* an operation that is over keeps at most so many vectors allocated */
 #define POLL_STEP_NS 2000
+#define LISTEN_ROUNDS 4096		/* whoever polls for ever hears the doorbells every so many rounds */
+#define RETRY_MS 1			/* what the kernel would not take is offered again so much later */
 #define SLOW_NS 2000000			/* a write to the page cache that took so long was held back: */
 #define SLOW_REST_NS 100000000		/* for so long no other is tried without io_uring */
 
@@ -43,7 +46,6 @@ struct vmm_lane {
 	uint32_t first, count;
 	int failure;				/* what popping answered, in that life of the queue */
 	uint32_t failure_epoch;
-	bool failure_told;
 };
 
 struct io_thread {
@@ -53,7 +55,7 @@ struct io_thread {
 	uint32_t index;
 	struct io_uring ring;
 	bool has_ring;
-	uint32_t in_kernel, unsubmitted;
+	uint32_t in_kernel;			/* operations that have not ended, those not yet submitted among them */
 	uint64_t window;			/* how long to look for more before sleeping, ns */
 	uint64_t slow_until;
 };
@@ -86,7 +88,7 @@ static void hand_over(struct vmm_lane *l, const struct vmm_chain *chain, uint32_
 	uint32_t size = l->engine->options.queue_size_max;
 
 	pthread_mutex_lock(&l->lock);
-	/* there is room: no more chains than that are in flight, and those of a former life of the queue were taken */
+	/* there is room: whatever life of the queue it is of, a chain keeps its slot until whoever takes it completes it */
 	if (l->count < size) {
 		struct vmm_chain *to = &l->handed[(l->first + l->count++) % size];
 		*to = *chain;
@@ -96,19 +98,18 @@ static void hand_over(struct vmm_lane *l, const struct vmm_chain *chain, uint32_
 	eventfd_write(l->ready_fd, 1);
 }
 
-/* Popping failed with -errno: whoever takes is told, once in a life of the queue. */
-static void hand_over_failure(struct vmm_lane *l, int failure)
+/*
+ * Popping failed with -errno in that life of the queue: whoever takes is told.  One who takes just as the queue starts
+ * may not know its new life yet, so a doorbell tells again.
+ */
+static void hand_over_failure(struct vmm_lane *l, int failure, uint32_t epoch, bool doorbell)
 {
-	uint32_t epoch = vmm_queue_epoch(l->queue);
 	bool tell;
 
 	pthread_mutex_lock(&l->lock);
-	tell = l->failure != failure || l->failure_epoch != epoch;
-	if (tell) {
-		l->failure = failure;
-		l->failure_epoch = epoch;
-		l->failure_told = false;
-	}
+	tell = doorbell || l->failure != failure || l->failure_epoch != epoch;
+	l->failure = failure;
+	l->failure_epoch = epoch;
 	pthread_mutex_unlock(&l->lock);
 	if (tell)
 		eventfd_write(l->ready_fd, 1);
@@ -126,10 +127,8 @@ int vmm_lane_take(struct vmm_lane *l, struct vmm_chain *out, int max)
 		l->first = (l->first + 1) % size;
 		l->count--;
 	}
-	if (!n && l->failure && !l->failure_told && l->failure_epoch == epoch) {
+	if (!n && l->failure && l->failure_epoch == epoch)
 		n = l->failure;
-		l->failure_told = true;
-	}
 	pthread_mutex_unlock(&l->lock);
 	return n;
 }
@@ -311,7 +310,6 @@ static bool submit(struct io_thread *t, struct vmm_lane *l, struct op *op)
 	uint64_t lane = (uint64_t)(l - e->lanes);
 	io_uring_sqe_set_data64(sqe, lane << 32 | (op->chain.token & 0xffff));
 	t->in_kernel++;
-	t->unsubmitted++;
 	return true;
 }
 
@@ -367,12 +365,70 @@ static enum fate serve_chain(struct io_thread *t, struct vmm_lane *l, const stru
 	return fate;
 }
 
+static int make_ring(struct io_thread *t)
+{
+	struct vmm_engine *e = t->engine;
+	uint64_t lanes = (e->nr_lanes - t->index + e->nr_threads - 1) / e->nr_threads;
+	uint64_t want = lanes * e->options.queue_size_max;	/* no more are in flight: no completion finds the ring full */
+	struct io_uring_params p = { .flags = IORING_SETUP_CLAMP };
+
+	if (e->target.kind != VMM_TARGET_FILE || !e->options.uring)
+		return 0;
+	int error = io_uring_queue_init_params(want > URING_MAX ? URING_MAX : (unsigned)want, &t->ring, &p);
+	if (error)
+		return error;
+	error = io_uring_register_files(&t->ring, &e->target.fd, 1);
+	if (error) {
+		io_uring_queue_exit(&t->ring);
+		return error;
+	}
+	t->has_ring = true;
+	return 0;
+}
+
+/*
+ * The kernel takes a ring down some time after it was closed, and a file that is registered with it stays open, and
+ * locked, as long; so that is undone first.
+ */
+static void close_ring(struct io_thread *t)
+{
+	if (!t->has_ring)
+		return;
+	io_uring_unregister_files(&t->ring);
+	io_uring_queue_exit(&t->ring);
+	t->has_ring = false;
+}
+
 /* ---- a thread ------------------------------------------------------------------------------------------------------ */
 
+static bool unsubmitted(const struct io_thread *t)
+{
+	return t->has_ring && io_uring_sq_ready(&t->ring);
+}
+
+/* The kernel takes some of them, or none while it lacks memory: what stays is offered again in the next turn. */
 static void flush_submissions(struct io_thread *t)
 {
-	if (t->unsubmitted && io_uring_submit(&t->ring) >= 0)
-		t->unsubmitted = 0;
+	while (unsubmitted(t) && io_uring_submit(&t->ring) > 0)
+		;
+}
+
+/*
+ * Pop; a failure is known to be of this life of the queue if it is still there after asking which life that is.  (It
+ * stays until the queue stops, and a start kicks.)
+ */
+static int pop_or_tell(struct vmm_lane *l, struct vmm_chain *chains, bool arm)
+{
+	struct vmm_queue *q = l->queue;
+	int n = arm ? vmm_queue_pop(q, chains, BATCH) : vmm_queue_poll(q, chains, BATCH);
+
+	if (n >= 0)
+		return n;
+	uint32_t epoch = vmm_queue_epoch(q);
+	n = vmm_queue_poll(q, chains, BATCH);
+	if (n < 0 && vmm_queue_epoch(q) == epoch)
+		hand_over_failure(l, n, epoch, arm);
+	return n < 0 ? 0 : n;
 }
 
 /* Serve what waits in a lane's ring; how much that was. */
@@ -380,13 +436,8 @@ static int serve_lane(struct io_thread *t, struct vmm_lane *l, bool arm)
 {
 	struct vmm_chain chains[BATCH];
 	struct vmm_completion done[BATCH];
-	int completed = 0;
-	int n = arm ? vmm_queue_pop(l->queue, chains, BATCH) : vmm_queue_poll(l->queue, chains, BATCH);
+	int completed = 0, n = pop_or_tell(l, chains, arm);
 
-	if (n < 0) {
-		hand_over_failure(l, n);
-		return 0;
-	}
 	for (int i = 0; i < n; i++)
 		completed += serve_chain(t, l, &chains[i], &done[completed]) == DONE;
 	if (completed)
@@ -398,11 +449,14 @@ static int serve_lane(struct io_thread *t, struct vmm_lane *l, bool arm)
 static bool settle(struct io_thread *t, struct vmm_lane *l, struct op *op, int result)
 {
 	t->in_kernel--;
-	if (result == -EAGAIN || result == -EINTR || (result > 0 && !advance(op, (uint64_t)result))) {
+	if (result > 0 && !advance(op, (uint64_t)result)) {
 		if (submit(t, l, op))
 			return false;
 		result = 0;
 	}
+	/* these are no answer of the disk's */
+	if (result == -EAGAIN || result == -EINTR || result == -ECANCELED)
+		result = 0;
 	if (result <= 0)
 		hand_over(l, &op->chain, (uint32_t)-result);
 	over(op);
@@ -450,6 +504,41 @@ static int serve_all(struct io_thread *t, bool arm)
 	return n;
 }
 
+/* A doorbell came to a ring that reads as if nobody had ever written to it. */
+static void hear(struct io_thread *t, struct vmm_lane *l)
+{
+	eventfd_t kicks = 0;
+	bool doorbell = !eventfd_read(l->queue->kick_fd, &kicks) && kicks >> 32;
+
+	if (!serve_lane(t, l, true) && doorbell && vmm_queue_looks_unshared(l->queue))
+		eventfd_write(l->ready_fd, 1ull << 32);
+}
+
+/* Wait for doorbells, for the kernel and to be stopped, at most so long (-1: for ever); serve who rang. */
+static void listen_for(struct io_thread *t, int milliseconds)
+{
+	struct vmm_engine *e = t->engine;
+	struct pollfd fds[e->nr_lanes + 2];
+	struct vmm_lane *lanes[e->nr_lanes + 2];
+	nfds_t n = 0;
+
+	/* it stays readable, and would not let those sleep who wait for the kernel */
+	if (!atomic_load(&e->stop))
+		fds[n++] = (struct pollfd){ e->stop_fd, POLLIN, 0 };
+	if (t->has_ring)
+		fds[n++] = (struct pollfd){ t->ring.ring_fd, POLLIN, 0 };
+	nfds_t first = n;
+	for (uint32_t i = t->index; i < e->nr_lanes; i += e->nr_threads) {
+		lanes[n] = &e->lanes[i];
+		fds[n++] = (struct pollfd){ e->lanes[i].queue->kick_fd, POLLIN, 0 };
+	}
+	poll(fds, n, milliseconds);
+	for (nfds_t i = first; i < n; i++)
+		if (fds[i].revents & POLLIN)
+			hear(t, lanes[i]);
+	flush_submissions(t);
+}
+
 /* Look for more for a while; whether there was. */
 static bool poll_a_while(struct io_thread *t)
 {
@@ -459,7 +548,7 @@ static bool poll_a_while(struct io_thread *t)
 
 	if (!always && !t->window)
 		return false;
-	do {
+	for (uint32_t rounds = 1; always || now_ns() < until; rounds++) {
 		for (int i = 0; i < 16; i++) {
 			if (serve_all(t, false))
 				return true;
@@ -467,44 +556,10 @@ static bool poll_a_while(struct io_thread *t)
 		}
 		if (atomic_load_explicit(&t->engine->stop, memory_order_relaxed))
 			return false;
-	} while (always || now_ns() < until);
+		if (!(rounds % LISTEN_ROUNDS))
+			listen_for(t, 0);
+	}
 	return false;
-}
-
-/* A doorbell came to a ring that reads as if nobody had ever written to it. */
-static void listen_to(struct vmm_lane *l, bool *suspicious)
-{
-	eventfd_t kicks = 0;
-
-	if (!eventfd_read(l->queue->kick_fd, &kicks) && kicks >> 32)
-		*suspicious = true;
-}
-
-static void sleep_until_kicked(struct io_thread *t)
-{
-	struct vmm_engine *e = t->engine;
-	struct pollfd fds[e->nr_lanes + 2];
-	struct vmm_lane *lanes[e->nr_lanes + 2];
-	nfds_t n = 0;
-
-	fds[n++] = (struct pollfd){ e->stop_fd, POLLIN, 0 };
-	if (t->has_ring)
-		fds[n++] = (struct pollfd){ t->ring.ring_fd, POLLIN, 0 };
-	nfds_t first = n;
-	for (uint32_t i = t->index; i < e->nr_lanes; i += e->nr_threads) {
-		lanes[n] = &e->lanes[i];
-		fds[n++] = (struct pollfd){ e->lanes[i].queue->kick_fd, POLLIN, 0 };
-	}
-	poll(fds, n, -1);
-	for (nfds_t i = first; i < n; i++) {
-		bool doorbell = false;
-		if (!(fds[i].revents & POLLIN))
-			continue;
-		listen_to(lanes[i], &doorbell);
-		if (!serve_lane(t, lanes[i], true) && doorbell && vmm_queue_looks_unshared(lanes[i]->queue))
-			eventfd_write(lanes[i]->ready_fd, 1ull << 32);
-	}
-	flush_submissions(t);
 }
 
 /* Look longer when something came soon after we had gone to sleep, and less long when looking was in vain. */
@@ -536,33 +591,14 @@ static void *run(void *arg)
 		if (serve_all(t, true))
 			continue;
 		uint64_t before = now_ns();
-		sleep_until_kicked(t);
+		listen_for(t, unsubmitted(t) ? RETRY_MS : -1);
 		adapt(t, now_ns() - before);
 	}
+	close_ring(t);
 	return NULL;
 }
 
 /* ---- life ----------------------------------------------------------------------------------------------------------- */
-
-static int make_ring(struct io_thread *t)
-{
-	struct vmm_engine *e = t->engine;
-	uint64_t want = (uint64_t)e->options.queue_size_max * e->nr_lanes;
-	struct io_uring_params p = { .flags = IORING_SETUP_CLAMP };
-
-	if (e->target.kind != VMM_TARGET_FILE || !e->options.uring)
-		return 0;
-	int error = io_uring_queue_init_params(want > URING_MAX ? URING_MAX : (unsigned)want, &t->ring, &p);
-	if (error)
-		return error;
-	error = io_uring_register_files(&t->ring, &e->target.fd, 1);
-	if (error) {
-		io_uring_queue_exit(&t->ring);
-		return error;
-	}
-	t->has_ring = true;
-	return 0;
-}
 
 static bool make_lane(struct vmm_engine *e, struct vmm_lane *l, struct vmm_queue *queue, int ready_fd)
 {
@@ -595,7 +631,6 @@ struct vmm_engine *vmm_engine_new(const struct vmm_target *target, const struct 
 	bool made = e->lanes && e->threads && e->stop_fd >= 0;
 	for (uint32_t i = 0; made && i < count; i++, e->nr_lanes++)
 		made = make_lane(e, &e->lanes[i], queues[i], ready_fds[i]);
-	e->nr_lanes = made ? count : e->nr_lanes;
 	for (uint32_t i = 0; made && i < e->nr_threads; i++) {
 		struct io_thread *t = &e->threads[i];
 		*t = (struct io_thread){ .engine = e, .index = i };
@@ -608,27 +643,6 @@ struct vmm_engine *vmm_engine_new(const struct vmm_target *target, const struct 
 		return e;
 	vmm_engine_free(e);
 	return NULL;
-}
-
-/* Start the threads, each on its own of these processors if there are any: 0 or -errno. */
-int vmm_engine_start(struct vmm_engine *e, const int32_t *cpus, uint32_t nr_cpus)
-{
-	for (uint32_t i = 0; i < e->nr_threads; i++) {
-		struct io_thread *t = &e->threads[i];
-		int error = pthread_create(&t->thread, NULL, run, t);
-		if (error)
-			return -error;
-		t->started = true;
-		if (nr_cpus) {
-			cpu_set_t set;
-			CPU_ZERO(&set);
-			CPU_SET((unsigned)cpus[i % nr_cpus], &set);
-			error = pthread_setaffinity_np(t->thread, sizeof(set), &set);
-			if (error)
-				return -error;
-		}
-	}
-	return 0;
 }
 
 /* Have the threads end once nothing of theirs is in the hands of the kernel.  The queues are paused for good. */
@@ -659,12 +673,49 @@ bool vmm_engine_join(struct vmm_engine *e, uint32_t milliseconds)
 	return true;
 }
 
+/* Start a thread that leaves signals to others, but for those that are about what it does itself. */
+static int start_thread(struct io_thread *t, const int32_t *cpu)
+{
+	static const int own[] = { SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGABRT };
+	sigset_t blocked, before;
+	cpu_set_t set;
+
+	sigfillset(&blocked);
+	for (size_t i = 0; i < sizeof(own) / sizeof(own[0]); i++)
+		sigdelset(&blocked, own[i]);
+	pthread_sigmask(SIG_SETMASK, &blocked, &before);
+	int error = pthread_create(&t->thread, NULL, run, t);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (error)
+		return -error;
+	t->started = true;
+	pthread_setname_np(t->thread, "vmmblk-engine");
+	if (!cpu)
+		return 0;
+	CPU_ZERO(&set);
+	CPU_SET((unsigned)*cpu, &set);
+	return -pthread_setaffinity_np(t->thread, sizeof(set), &set);
+}
+
+/* Start the threads, each on its own of these processors if there are any: 0, or -errno and none runs. */
+int vmm_engine_start(struct vmm_engine *e, const int32_t *cpus, uint32_t nr_cpus)
+{
+	int error = 0;
+
+	for (uint32_t i = 0; !error && i < e->nr_threads; i++)
+		error = start_thread(&e->threads[i], nr_cpus ? &cpus[i % nr_cpus] : NULL);
+	if (error) {
+		vmm_engine_stop(e);
+		vmm_engine_join(e, UINT32_MAX);
+	}
+	return error;
+}
+
 /* The threads have ended. */
 void vmm_engine_free(struct vmm_engine *e)
 {
 	for (uint32_t i = 0; e->threads && i < e->nr_threads; i++)
-		if (e->threads[i].has_ring)
-			io_uring_queue_exit(&e->threads[i].ring);
+		close_ring(&e->threads[i]);
 	for (uint32_t i = 0; i < e->nr_lanes; i++) {
 		struct vmm_lane *l = &e->lanes[i];
 		for (uint32_t s = 0; l->ops && s < e->options.queue_size_max; s++)
