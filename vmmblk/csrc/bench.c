@@ -14,15 +14,17 @@
 #define PAGE 4096u
 #define HEADER 16u
 #define STATUS_AT 64u
+#define TABLE_AT 128u /* three descriptors */
 #define UNSET 0xff
 #define POPS 64u
-#define SPINS_PER_LOOK 256
+#define PAUSES_PER_LOOK 16
 #define SLEEP_MS 100
 #define BUSY 0x80000000u /* of a block's generation: a write is under way */
 
 struct request {
     uint64_t started;
     uint64_t block;
+    uint32_t generation; /* of the block when it began */
     bool write;
 };
 
@@ -34,6 +36,7 @@ struct bench {
     uint64_t random, next;
     uint32_t in_flight;
     uint64_t stride, made, *progress;
+    const int *stop;
     bool checking; /* reads every block once */
 };
 
@@ -57,9 +60,11 @@ static uint64_t next_random(uint64_t *state)
 
 /* ---- either ring ---- */
 
-static int ring_add(const struct vdrv_job *j, const struct vdrv_segment *segments, uint32_t n)
+static int ring_add(const struct vdrv_job *j, const struct vdrv_segment *segments, uint32_t n, uint64_t table_iova,
+                    void *table)
 {
-    return j->split ? vdrv_split_add(j->split, segments, n, 0, NULL) : vdrv_packed_add(j->packed, segments, n, 0, NULL);
+    return j->split ? vdrv_split_add(j->split, segments, n, table_iova, table)
+                    : vdrv_packed_add(j->packed, segments, n, table_iova, table);
 }
 
 static int ring_get_used(const struct vdrv_job *j, struct vdrv_used *used, uint32_t n)
@@ -92,24 +97,25 @@ static void ring_disarm(const struct vdrv_job *j)
 
 /* ---- what is written, so that it can be known again ---- */
 
-static void fill(uint8_t *data, uint32_t length, uint64_t block, uint32_t generation)
+/* It differs between blocks, generations of a block, and runs: what an earlier run left is not taken for this one's. */
+static uint64_t pattern(const struct vdrv_job *j, uint64_t block, uint32_t generation)
 {
-    uint64_t state = (block + 1) * 0x9e3779b97f4a7c15u ^ (uint64_t)generation << 32 ^ generation;
+    uint64_t state = ((j->first + block + 1) * 0x9e3779b97f4a7c15u ^ j->seed) * 0xbf58476d1ce4e5b9u ^
+                     (uint64_t)generation << 32 ^ generation;
 
-    if (!state)
-        state = 1;
+    return state ? state : 1;
+}
+
+static void fill(uint8_t *data, uint32_t length, uint64_t state)
+{
     for (uint32_t at = 0; at + 8 <= length; at += 8) {
         uint64_t word = next_random(&state);
         memcpy(data + at, &word, 8);
     }
 }
 
-static bool matches(const uint8_t *data, uint32_t length, uint64_t block, uint32_t generation)
+static bool matches(const uint8_t *data, uint32_t length, uint64_t state)
 {
-    uint64_t state = (block + 1) * 0x9e3779b97f4a7c15u ^ (uint64_t)generation << 32 ^ generation;
-
-    if (!state)
-        state = 1;
     for (uint32_t at = 0; at + 8 <= length; at += 8) {
         uint64_t word = next_random(&state);
         if (memcmp(data + at, &word, 8))
@@ -169,8 +175,9 @@ static int start(struct bench *b, uint32_t slot, uint64_t now)
     memset(memory + 4, 0, 4);
     memcpy(memory + 8, &sector, 8);
     memory[STATUS_AT] = UNSET;
+    r->generation = j->generations ? j->generations[r->block] : 0;
     if (j->generations && r->write) {
-        fill(memory + PAGE, j->block_size, j->first + r->block, j->generations[r->block] + 1);
+        fill(memory + PAGE, j->block_size, pattern(j, r->block, r->generation + 1));
         j->generations[r->block] |= BUSY;
     }
     struct vdrv_segment segments[] = {
@@ -178,7 +185,7 @@ static int start(struct bench *b, uint32_t slot, uint64_t now)
         { iova + PAGE, j->block_size, r->write ? 0 : VDRV_WRITE },
         { iova + STATUS_AT, 1, VDRV_WRITE },
     };
-    int name = ring_add(j, segments, 3);
+    int name = ring_add(j, segments, 3, iova + TABLE_AT, j->indirect ? memory + TABLE_AT : NULL);
     if (name < 0)
         return name;
     b->owner[name] = (uint16_t)slot;
@@ -225,25 +232,57 @@ static void finish(struct bench *b, uint32_t slot, uint64_t now)
         return;
     uint32_t *generation = &j->generations[r->block];
     if (r->write)
-        *generation = (*generation & ~BUSY) + !status;
-    else if (!status && *generation && !(*generation & BUSY) &&
-             !matches(memory + PAGE, j->block_size, j->first + r->block, *generation))
+        *generation = status ? 0 : r->generation + 1; /* after a failed write anything may be there */
+    else if (!status && r->generation && *generation == r->generation && /* no write has begun since */
+             !matches(memory + PAGE, j->block_size, pattern(j, r->block, r->generation)))
         b->outcome->corrupt++;
+}
+
+static int stopped(const struct bench *b)
+{
+    return __atomic_load_n(b->stop, __ATOMIC_RELAXED);
+}
+
+/* What there is to say while waiting until then: 0 or -errno. */
+static int patience(const struct bench *b, uint64_t until)
+{
+    if (stopped(b) >= VDRV_GIVE_UP)
+        return -ECANCELED;
+    return now_ns() > until ? -ETIMEDOUT : 0;
+}
+
+/* The socket may be in either mode, and its other end may have stopped reading. */
+static int send_message(const struct bench *b)
+{
+    const struct vdrv_job *j = b->job;
+    uint64_t until = now_ns() + j->timeout_ns;
+
+    for (;;) {
+        ssize_t sent = send(j->socket, j->message, j->message_len, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (sent == (ssize_t)j->message_len)
+            return 0;
+        if (sent >= 0)
+            return -EPIPE; /* so short a message is taken whole */
+        if (errno != EAGAIN && errno != EINTR)
+            return -errno;
+        int error = patience(b, until);
+        if (error)
+            return error;
+        struct pollfd fd = { j->socket, POLLOUT, 0 };
+        poll(&fd, 1, SLEEP_MS);
+    }
 }
 
 static int kick(struct bench *b)
 {
     const struct vdrv_job *j = b->job;
 
-    if (j->doorbell) {
-        *j->doorbell = j->queue;
-    } else if (j->message) {
-        if (send(j->socket, j->message, j->message_len, MSG_NOSIGNAL) != (ssize_t)j->message_len)
-            return errno ? -errno : -EPIPE;
-    } else {
+    if (!j->doorbell && !j->message)
         return 0;
-    }
     b->outcome->kicks++;
+    if (!j->doorbell)
+        return send_message(b);
+    *j->doorbell = j->queue;
     return 0;
 }
 
@@ -254,9 +293,9 @@ static int wait_for_used(struct bench *b, uint64_t until)
     eventfd_t count;
 
     if (j->interrupt_fd < 0) {
-        for (int i = 0; i < SPINS_PER_LOOK / 16; i++)
+        for (int i = 0; i < PAUSES_PER_LOOK; i++)
             __builtin_ia32_pause();
-        return now_ns() > until ? -ETIMEDOUT : 0;
+        return patience(b, until);
     }
     if (ring_arm(j))
         return 0;
@@ -264,24 +303,24 @@ static int wait_for_used(struct bench *b, uint64_t until)
     if (poll(&fd, 1, SLEEP_MS) > 0 && !eventfd_read(j->interrupt_fd, &count))
         b->outcome->interrupts += count;
     ring_disarm(j);
-    return now_ns() > until ? -ETIMEDOUT : 0;
+    return patience(b, until);
 }
 
-static bool may_start(const struct bench *b, uint64_t now, uint64_t end, const int *stop)
+static bool may_start(const struct bench *b, uint64_t now, uint64_t end)
 {
     const struct vdrv_job *j = b->job;
 
-    return now < end && !__atomic_load_n(stop, __ATOMIC_RELAXED) && (!j->requests || b->made < j->requests);
+    return now < end && !stopped(b) && (b->checking || !j->requests || b->made < j->requests);
 }
 
-static int start_if_due(struct bench *b, uint32_t slot, uint64_t now, uint64_t end, const int *stop)
+static int start_if_due(struct bench *b, uint32_t slot, uint64_t now, uint64_t end)
 {
-    if (!may_start(b, now, end, stop) || !choose(b, &b->requests[slot]))
+    if (!may_start(b, now, end) || !choose(b, &b->requests[slot]))
         return 0;
     return start(b, slot, now);
 }
 
-static int run(struct bench *b, const int *stop)
+static int run(struct bench *b)
 {
     const struct vdrv_job *j = b->job;
     struct vdrv_used used[POPS];
@@ -292,7 +331,7 @@ static int run(struct bench *b, const int *stop)
     if (j->interrupt_fd < 0)
         ring_disarm(j);
     for (uint32_t slot = 0; slot < j->depth && !error; slot++)
-        error = start_if_due(b, slot, now, end, stop);
+        error = start_if_due(b, slot, now, end);
     if (!error && ring_publish(j))
         error = kick(b);
     while (!error && b->in_flight) {
@@ -307,7 +346,7 @@ static int run(struct bench *b, const int *stop)
             slots[i] = b->owner[used[i].id & 0xffff];
         for (int i = 0; i < n && !error; i++) {
             finish(b, slots[i], now);
-            error = start_if_due(b, slots[i], now, end, stop);
+            error = start_if_due(b, slots[i], now, end);
         }
         __atomic_store_n(b->progress, *b->progress + (uint64_t)n, __ATOMIC_RELAXED);
         if (!error && ring_publish(j))
@@ -321,13 +360,13 @@ static int bench(const struct vdrv_job *job, struct vdrv_outcome *outcome, const
                  bool checking)
 {
     struct bench b = {
-        .job = job, .outcome = outcome, .progress = progress, .checking = checking,
-        .random = job->seed ? job->seed : 1,
+        .job = job, .outcome = outcome, .stop = stop, .progress = progress, .checking = checking,
+        .random = (job->seed * 2 + 1) * 0x9e3779b97f4a7c15u, /* never 0, and not alike for seeds that are */
         .stride = PAGE + (job->block_size + PAGE - 1) / PAGE * PAGE,
         .requests = calloc(job->depth, sizeof(struct request)),
         .owner = calloc(65536, sizeof(uint16_t)),
     };
-    int error = b.requests && b.owner ? run(&b, stop) : -ENOMEM;
+    int error = b.requests && b.owner ? run(&b) : -ENOMEM;
 
     free(b.requests);
     free(b.owner);

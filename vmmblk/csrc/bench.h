@@ -10,17 +10,21 @@
 /* Latencies are counted in buckets: 64 for each power of two of nanoseconds, so none is off by more than 1.6 %. */
 #define VDRV_BUCKETS (64 * 40)
 
+/* What *stop says: go on, begin no more requests, or wait no longer for those that were begun. */
+enum { VDRV_GO_ON, VDRV_STOP, VDRV_GIVE_UP };
+
 struct vdrv_job {
     /* Exactly one ring. */
     vdrv_split *split;
     vdrv_packed *packed;
 
-    /* Memory for depth requests: each has a page (header, then status) and then block_size bytes rounded up to pages,
+    /* Memory for depth requests: each has a page (header, status, indirect table) and then block_size bytes rounded up to pages,
      * at `memory` here and at `iova` for the device. */
     uint8_t *memory;
     uint64_t iova;
     uint32_t depth;
     uint32_t block_size;
+    bool indirect; /* one descriptor in the ring for each request, instead of three */
 
     /* Blocks [first, first + blocks) of block_size bytes are used; of a hundred requests read_percent are reads. */
     uint64_t first, blocks;
@@ -62,9 +66,9 @@ struct vdrv_outcome {
     struct vdrv_direction read, write;
 };
 
-/* Run until done, or until *stop is set; *progress counts requests as they end.  0, or -ETIMEDOUT (the device does not
- * complete), -EPROTO (it returned what it was not given), -ENOSPC (the ring is too small for the depth), or what
- * sending said. */
+/* Run until done, or until *stop says so; *progress counts requests as they end.  0, or -ETIMEDOUT (the device does not
+ * complete), -ECANCELED (VDRV_GIVE_UP), -EPROTO (it returned what it was not given), -ENOSPC (the ring is too small for
+ * the depth), or what sending said. */
 int vdrv_bench(const struct vdrv_job *job, struct vdrv_outcome *outcome, const int *stop, uint64_t *progress);
 
 /* Read and check every block that was ever written, by generations; depth, ring and memory as in vdrv_bench(). */
