@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vmmblk.cli.bench import bench
 from vmmblk.cli.conform import conform
 from vmmblk.cli.run import run
 from vmmblk.cli.serve import serve
@@ -27,6 +28,7 @@ def vmmblk() -> None:
 vmmblk.add_command(serve)
 vmmblk.add_command(run)
 vmmblk.add_command(conform)
+vmmblk.add_command(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

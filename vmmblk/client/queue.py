@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from vmmblk._core import ffi, lib
 from vmmblk.client.errors import ProtocolError, QueueFull
@@ -91,6 +91,11 @@ class Virtqueue(ABC):
     def _release_areas(self) -> None:
         for iova in (self.desc, self.avail, self.used):
             self._memory.free(iova)
+
+    @property
+    def handle(self) -> Any:
+        """The ring, for C; valid until ``close``."""
+        return self._ring
 
     # As the specification wants it.
 
