@@ -6,6 +6,7 @@ Pure: whoever asks brings the time.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import deque
 from contextlib import asynccontextmanager
@@ -75,15 +76,17 @@ class DrainBudget:
 class Patience:
     """How long to look for more before sleeping: longer when something came soon after, less when it was in vain.
 
-    All in nanoseconds.  ``most`` bounds it; without ``adaptive`` it is that always.
+    All in nanoseconds.  ``most`` bounds it, None is for ever; without ``adaptive`` it is that always.
     """
 
     _LEAST = 2_000
 
-    def __init__(self, most: int, *, adaptive: bool) -> None:
-        self.window = 0 if adaptive else most
-        self._most = most
-        self._adaptive = adaptive
+    def __init__(self, most: int | None, *, adaptive: bool) -> None:
+        self.endless = most is None
+        """Never sleep, not even before anything has come."""
+        self._adaptive = adaptive and most is not None
+        self._most = sys.maxsize if most is None else most
+        self.window = 0 if self._adaptive else self._most
 
     def slept(self, duration: int) -> None:
         """After looking in vain we slept so long."""

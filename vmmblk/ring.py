@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import struct
 from dataclasses import dataclass
@@ -42,7 +43,6 @@ _FLAG_NO_FD: int = lib.VMM_CHAIN_NO_FD
 
 # struct vmm_chain: one call decodes a batch, where a look at each field would cost more than all the rest.
 _TAKEN = struct.Struct("@IIII IIQ II QQ P IIQP")
-_COMPLETION = struct.Struct("@III")
 
 Taken = tuple[int, ...]
 """token, flags, error, length of the header; type, reserved, sector; readable and writable segments; readable and
@@ -253,12 +253,14 @@ class Queue:
 
     def complete(self, done: Iterable[tuple[int, int, int]]) -> None:
         """Complete chains: (token, status, bytes of writable data written without a gap) each."""
-        n = 0
-        for each in done:
-            _COMPLETION.pack_into(self._endings, n * _COMPLETION.size, *each)
-            n += 1
-            if n == self.BATCH:
-                lib.vmm_queue_complete(self.handle, self._done, n)
-                n = 0
-        if n:
-            lib.vmm_queue_complete(self.handle, self._done, n)
+        rest = list(done)
+        while rest:
+            some, rest = rest[: self.BATCH], rest[self.BATCH :]
+            _completions(len(some)).pack_into(self._endings, 0, *itertools.chain.from_iterable(some))
+            lib.vmm_queue_complete(self.handle, self._done, len(some))
+
+
+@functools.cache
+def _completions(count: int) -> struct.Struct:
+    """So many struct vmm_completion, one after the other."""
+    return struct.Struct(f"@{3 * count}I")

@@ -74,8 +74,6 @@ DRAIN_LIMIT = 1.0
 PINNED_DRAIN_LIMIT = 4.0
 """Seconds that they get when their memory cannot be taken back: what comes then is worse than a VMM kept waiting."""
 
-_FOR_EVER = 1 << 62  # nanoseconds
-
 MEMORY_ADVICE = (
     "guest memory is not shared with vmmblk: start QEMU with"
     " -object memory-backend-memfd,id=mem,size=<as -m>,share=on -machine memory-backend=mem"
@@ -229,7 +227,7 @@ class Server:
     def _patience(self, io: EngineOptions) -> Patience:
         if self._engine is not None:  # it looks for itself, and the worker has little to do
             return Patience(0, adaptive=False)
-        return Patience(_FOR_EVER if io.poll_us is None else io.poll_us * 1000, adaptive=io.adaptive)
+        return Patience(None if io.poll_us is None else io.poll_us * 1000, adaptive=io.adaptive)
 
     @property
     def engine(self) -> str:

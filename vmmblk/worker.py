@@ -14,7 +14,6 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import functools
 import logging
 import mmap
 import os
@@ -88,7 +87,7 @@ log = logging.getLogger("vmmblk.worker")
 
 _BOUNCE_CHUNK = 1 << 20  # bytes of a bounced request that are in private memory at a time
 _BOUNCE_ROOM = 32 << 20  # bytes of private memory, of all requests; one alone may take more
-_LOOK_NS = 1_000_000  # of looking for more between turns of the event loop
+_LOOK_NS = 250_000  # of looking for more between turns of the event loop
 _REPORT_ZONES = 16384  # zones told of in one request: 1 MiB
 
 # What a call may end with.  All but the errors of the contract are bugs in a disk: nobody cancels a task here, so
@@ -102,6 +101,10 @@ Outcome = tuple[Status, int]
 
 Completion = tuple[int, Status, int]
 """The token of a chain, and its outcome."""
+
+
+Plain = tuple[bool, int, memoryview, int]
+"""Whether it is a write, the disk's sector, the data, and how much will have been written to guest memory."""
 
 
 class Supervisor(Protocol):
@@ -118,21 +121,22 @@ class InOrder:
     """Holds the completions of one queue back until all chains that were taken before have ended (IN_ORDER)."""
 
     def __init__(self) -> None:
-        self._taken: collections.deque[int] = collections.deque()
+        self.taken: collections.deque[int] = collections.deque()
+        """The tokens of the chains that were taken and not completed."""
         self._ended: dict[int, Completion] = {}
 
     def take(self, token: int) -> None:
         """A chain was taken; those that are never taken here need not wait."""
-        self._taken.append(token)
+        self.taken.append(token)
 
     def end(self, completion: Completion) -> list[Completion]:
         """A chain has ended: what can be completed now, in order."""
-        if not self._taken:
+        if not self.taken:
             return [completion]
         self._ended[completion[0]] = completion
         ready = []
-        while self._taken and self._taken[0] in self._ended:
-            ready.append(self._ended.pop(self._taken.popleft()))
+        while self.taken and self.taken[0] in self._ended:
+            ready.append(self._ended.pop(self.taken.popleft()))
         return ready
 
 
@@ -177,7 +181,8 @@ class Worker:
             block if isinstance(block, SupportsSubmit) and Operation.SUBMIT in operations(block) else None
         )
         self._looking = False
-        self._found = self._slept_since = 0
+        self._watched: set[Queue] = set()  # while looking: their doorbells may be off
+        self._found = self._slept_since = 0  # when, in nanoseconds
         self._bug_log = LogBudget()
         self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
@@ -251,6 +256,8 @@ class Worker:
     async def _main(self) -> None:
         for queue in self._queues:
             self._loop.add_reader(queue.ready_fd, self._kicked, queue)
+        if self._patience.endless:  # not every driver rings
+            self._begin_to_look()
         await self._stop.wait()
         for queue in self._queues:
             self._loop.remove_reader(queue.ready_fd)
@@ -259,14 +266,14 @@ class Worker:
         while self._starter.waiting:
             await asyncio.wait(self._starter.waiting)
         await asyncio.sleep(0)  # completions of the last tasks are sent in a turn of their own
+        self._starter.close()
         await self._flush_quietly()
         await _attempt("disconnecting", self._block.disconnect)
 
     def _flush_soon(self) -> None:
         if not self._flushing:
             self._flushing = True
-            with self._starter as starter:  # before any write that the driver makes from now on
-                starter.begin(self._flush_while_due())
+            self._starter.begin(iter([self._flush_while_due()]))  # before any write that the driver makes from now on
 
     async def _flush_while_due(self) -> None:
         while self._flush_due:
@@ -286,15 +293,18 @@ class Worker:
         self._serve(queue, doorbell=queue.clear_kick())
 
     def _serve(self, queue: Queue, *, doorbell: bool = False) -> None:
-        count = self._serve_some(queue)
-        if count == queue.BATCH:
-            self._loop.call_soon(self._serve, queue)
-        elif doorbell and not count and queue.looks_unshared:
+        count = self._serve_some(queue, arm=not self._looking)
+        if doorbell and not count and queue.looks_unshared:
             self._supervisor.memory_not_shared()
-        if count and not self._looking and self._patience.window:
-            self._looking = True
-            self._found = time.monotonic_ns()
-            self._loop.call_soon(self._look_on)
+        if self._looking:
+            self._watched.add(queue)
+        elif count and self._patience.window:
+            self._watched.add(queue)
+            self._begin_to_look()
+        elif count == queue.BATCH:
+            self._loop.call_soon(self._serve, queue)
+        else:
+            self._slept_since = time.monotonic_ns()
 
     def _serve_some(self, queue: Queue, *, arm: bool = True) -> int:
         """Take a batch of chains and begin with them; how many they are."""
@@ -314,14 +324,21 @@ class Worker:
             self._serve_batch(queue, batch)
         return len(batch)
 
+    def _begin_to_look(self) -> None:
+        self._looking = True
+        self._found = time.monotonic_ns()
+        self._loop.call_soon(self._look_on)
+
     def _look_on(self) -> None:
         """Look for more before the doorbells are armed and the thread sleeps; now and then the loop turns.
 
         Only requests that do not wait let it stay here: for the others the loop is needed.
         """
         until = time.monotonic_ns() + _LOOK_NS
+        if self._patience.endless:
+            self._watched.update(queue for queue in self._queues if queue.starts)
         while not self._stop.is_set():
-            found = sum([self._serve_some(queue, arm=False) for queue in self._queues])
+            found = sum([self._serve_some(queue, arm=False) for queue in self._watched])
             now = time.monotonic_ns()
             if found:
                 self._found = now
@@ -331,37 +348,42 @@ class Worker:
                 self._loop.call_soon(self._look_on)
                 return
         self._looking = False
-        self._slept_since = time.monotonic_ns()
-        for queue in self._queues:
+        watched, self._watched = self._watched, set()
+        for queue in watched:
             self._serve(queue)
 
     def _serve_batch(self, queue: Queue, batch: list[Taken]) -> None:
         """Begin with every request; those that end without having waited are completed together, at once."""
         self._batching = True
-        with self._starter as starter:
-            if self._submittable is None:
-                for taken in batch:
-                    starter.begin(self._plain_transfer(queue, taken) or self._serve_chain(queue, queue.chain(taken)))
-            else:
-                self._submit_batch(queue, batch, starter)
-        self._batching = False
-        if self._done[queue.index]:
-            self._send(queue)
+        try:
+            self._starter.begin(self._begun(queue, batch) if self._submittable is None else self._given(queue, batch))
+        finally:
+            self._batching = False
+            if self._done[queue.index]:
+                self._send(queue)
 
-    def _submit_batch(self, queue: Queue, batch: list[Taken], starter: Starter) -> None:
-        """Give the disk all reads and writes at once; other requests go their own way."""
+    def _begun(self, queue: Queue, batch: list[Taken]) -> Iterator[Coroutine[Any, None, None]]:
+        for taken in batch:
+            plain = self._plain(queue, taken)
+            if plain is None:
+                yield self._serve_chain(queue, queue.chain(taken))
+            else:
+                yield self._transfer_plainly(queue, taken[0], plain)
+
+    def _given(self, queue: Queue, batch: list[Taken]) -> Iterator[Coroutine[Any, None, None]]:
+        """The disk gets all reads and writes at once; other requests go their own way."""
         tokens, transfers = [], []
         cached = self._write_cache and self._flushable is not None
         for taken in batch:
             plain = self._plain(queue, taken)
             if plain is None:
-                starter.begin(self._serve_chain(queue, queue.chain(taken)))
+                yield self._serve_chain(queue, queue.chain(taken))
             else:
                 write, sector, view, written = plain
                 tokens.append((taken[0], written))
                 transfers.append(Transfer(write, write and cached, sector, [view]))
         if transfers:
-            starter.begin(self._submit(queue, tokens, transfers))
+            yield self._submit(queue, tokens, transfers)
 
     async def _submit(self, queue: Queue, tokens: list[tuple[int, int]], transfers: list[Transfer]) -> None:
         failure: BaseException | None = None
@@ -370,27 +392,14 @@ class Worker:
         except _FAILURES as raised:
             failure = raised
         for (token, written), transfer in zip(tokens, transfers, strict=True):
-            failed = failure or transfer.error
+            failed = failure if transfer.error is None else transfer.error
             if failed is None:
                 self._complete(queue, token, Status.OK, written)
             else:
                 self._complete(queue, token, self._judge(failed), 0)
 
-    def _plain_transfer(self, queue: Queue, taken: Taken) -> Coroutine[Any, None, None] | None:
-        plain = self._plain(queue, taken)
-        if plain is None:
-            return None
-        write, sector, view, written = plain
-        call: Call = self._block.read
-        if write:
-            call = self._flushable.write_cached if self._write_cache and self._flushable else self._block.write
-        return self._transfer_plainly(queue, taken[0], functools.partial(call, sector, [view]), written)
-
-    def _plain(self, queue: Queue, taken: Taken) -> tuple[bool, int, memoryview, int] | None:
-        """The commonest request: a read or write of whole blocks, in one piece that suits the disk; None if other.
-
-        Whether it is a write, the disk's sector, the data, and how much will have been written to guest memory.
-        """
+    def _plain(self, queue: Queue, taken: Taken) -> Plain | None:
+        """The commonest request: a read or write of whole blocks, in one piece that suits the disk; None if other."""
         _, flags, error, size, kind, _, sector, outs, ins, _, writable, _, alias, length, offset, host = taken
         if flags or error or size != REQUEST_HEADER.size or self._bounces_all or self._zoned is not None:
             return None
@@ -403,15 +412,20 @@ class Worker:
             return True, position, queue.view(alias, offset, length, writable=False), 0
         return None
 
-    async def _transfer_plainly(
-        self, queue: Queue, token: int, call: Callable[[], Awaitable[None] | None], written: int
-    ) -> None:
+    async def _transfer_plainly(self, queue: Queue, token: int, plain: Plain) -> None:
         status = Status.OK
+        write, sector, view, written = plain
         try:
-            await _finished(call())
+            pending = (self._writer() if write else self._block.read)(sector, [view])
+            if pending is not None:
+                await pending
         except _FAILURES as failure:
             status, written = self._judge(failure), 0
         self._complete(queue, token, status, written)
+
+    def _writer(self) -> Call:
+        flushable = self._flushable if self._write_cache else None
+        return self._block.write if flushable is None else flushable.write_cached
 
     async def _serve_chain(self, queue: Queue, chain: Chain) -> None:
         try:
@@ -439,8 +453,8 @@ class Worker:
 
     def _complete(self, queue: Queue, token: int, status: Status, written: int) -> None:
         # what ends in one turn of the loop is sent together: one used index, one interrupt
-        done = self._done[queue.index]
-        ended = self._in_order[queue.index].end((token, status, written))
+        done, in_order = self._done[queue.index], self._in_order[queue.index]
+        ended = in_order.end((token, status, written)) if in_order.taken else [(token, status, written)]
         if ended and not done and not self._batching:
             self._loop.call_soon(self._send, queue)
         done += ended
@@ -465,9 +479,7 @@ class Worker:
             await self._transfer(self._block.read, request.sector, chain.views_out, chain, fill=True)
             return Status.OK, request.length
         if isinstance(request, Write):
-            flushable = self._flushable if self._write_cache else None
-            write = self._block.write if flushable is None else flushable.write_cached
-            await self._transfer(write, request.sector, chain.views_in, chain, fill=False)
+            await self._transfer(self._writer(), request.sector, chain.views_in, chain, fill=False)
             return Status.OK, 0
         return await self._answer_rare(request, chain)
 

@@ -106,7 +106,7 @@ class Checked(Filter):
                 bits |= len(buffer)
             start = transfer.sector_start * sector_size
             if bits & mask or not 0 <= start <= size - length or not self._connected:
-                transfer.error = self._wrong(transfer, length)
+                transfer.error = self._wrong(transfer, length, bits)
             elif transfer.write and not self._read_write:
                 transfer.error = self._refusal()
             elif length:
@@ -116,11 +116,11 @@ class Checked(Filter):
             if pending is not None:
                 await pending
 
-    def _wrong(self, transfer: Transfer, length: int) -> BlockError:
+    def _wrong(self, transfer: Transfer, length: int, bits: int) -> BlockError:
+        if bits & self._mask:
+            return self._ragged(next(len(buffer) for buffer in transfer.buffers if len(buffer) & self._mask))
         if not self._connected:
             return _disconnected()
-        if length & self._mask:
-            return self._ragged(length)
         return self._outside(transfer.sector_start, length // self._sector_size)
 
     async def flush(self) -> None:
