@@ -16,6 +16,7 @@ import pytest
 from vmmblk.cli import main
 from vmmblk.cli.qemu import added_arguments
 from vmmblk.device import SWITCHES
+from vmmblk.engine import EngineOptions
 from vmmblk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class FakeServer:
 
     failure: BaseException | None = None
     stops = True
+    engine = "a fake one"
     made: list[FakeServer]
 
     def __init__(self, socket: Path, block: Block, options: ServerOptions) -> None:
@@ -253,6 +255,7 @@ def test_serve_hands_the_options_to_disk_and_server(server: type[FakeServer], tm
     options = (
         "--read-only --block-size 4096 --serial s1 --queue-size 64 --cache writethrough --stop-timeout 3"
         " --queues 7 --features suspend=on,discard=off --features in_order=on"
+        " --engine python --poll-us 7 --io-threads 3 --cpus 0"
     )
     assert status_of_main("serve", "--socket", tmp_path / "s", *options.split(), "memory:1M", "max=2M") == 1
     [made] = server.made
@@ -261,7 +264,39 @@ def test_serve_hands_the_options_to_disk_and_server(server: type[FakeServer], tm
     assert (made.options.serial, made.options.queue_size, made.options.cache) == ("s1", 64, "writethrough")
     assert made.options.queues == 7
     assert made.options.features == {"suspend": True, "discard": False, "in_order": True}
+    assert made.options.engine == "python"
+    assert made.options.io == EngineOptions(poll_us=7, adaptive=False, threads=3, cpus=(0,))
     assert made.calls == ["start", ("stop", 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "microseconds", "adaptive"),
+    [("auto", EngineOptions().poll_us, True), ("busy", None, False), ("0", 0, False)],
+)
+def test_how_to_poll(server: type[FakeServer], text: str, microseconds: int | None, adaptive: bool) -> None:
+    """For a while that adapts, for ever, or never."""
+    server.failure = RuntimeError("over")
+    assert status_of_main("serve", "--socket", "s", "--poll-us", text, "null:1M") == 1
+    io = server.made[0].options.io
+    assert (io.poll_us, io.adaptive) == (microseconds, adaptive)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--poll-us=-1", "--poll-us=soon", "--poll-us=1000001", "--cpus=x", "--cpus=1-0", "--cpus=1023", "--cpus=,"],
+)
+def test_what_the_engine_cannot_do_is_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    """With one line that names the option, and exit status 2."""
+    assert status_of_main("serve", "--socket", "s", option, "null:1M") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert option.partition("=")[0] in line
+
+
+def test_serve_tells_its_engine(server: type[FakeServer], capsys: pytest.CaptureFixture[str]) -> None:
+    """After QEMU's arguments."""
+    server.failure = RuntimeError("over")
+    status_of_main("serve", "--socket", "s", "null:1M")
+    assert capsys.readouterr().out.splitlines()[-1] == "engine: a fake one"
 
 
 @pytest.mark.parametrize(("cpus", "features", "queues"), [(1, "", 1), (3, "", 3), (16, "", 4), (16, "mq=off", 1)])
@@ -307,7 +342,7 @@ def test_serve_ends_cleanly_on_signals(
     assert printed[2:6] == backend(1 << 30)
     assert json.loads(printed[7])["socket"]["path"] == str(socket)
     process.send_signal(number)
-    assert process.communicate(timeout=30) == ("", "")
+    assert process.communicate(timeout=30) == ("engine: native\n", "")
     assert process.returncode == 0
     assert not socket.exists()
 

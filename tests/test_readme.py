@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from vmmblk.config import open_disk
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-DISK, CHECK = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+DISK, CHECK, BATCH_DISK = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -44,6 +45,24 @@ def test_the_checks_of_the_readme_run(mydisk: Path) -> None:
 def test_the_disk_of_the_readme_is_clean(mydisk: Path) -> None:
     """Who copies it starts with code that ruff and mypy accept."""
     subprocess.run([sys.executable, "-m", "mypy", "--strict", str(mydisk)], check=True, cwd=ROOT)
+
+
+def test_the_disk_that_takes_batches_serves_them(mydisk: Path) -> None:
+    """Beside the other, which it is made from."""
+    path = mydisk.parent / "batchdisk.py"
+    path.write_text(BATCH_DISK)
+    code = (
+        "import asyncio, sys; sys.path[:0] = [sys.argv[1], '.']; from vmmblk import Transfer;"
+        "from batchdisk import BatchDisk; disk, room = BatchDisk(4096), bytearray(1024);"
+        "asyncio.run(disk.submit([Transfer(True, False, 1, [b'a' * 512, b'b' * 512])]));"
+        "asyncio.run(disk.submit([Transfer(False, False, 1, [memoryview(room)])])); print(room.decode())"
+    )
+    command = [sys.executable, "-c", code, str(mydisk.parent)]
+    assert subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout.strip() == (
+        "a" * 512 + "b" * 512
+    )
+    environment = {**os.environ, "MYPYPATH": str(mydisk.parent)}
+    subprocess.run([sys.executable, "-m", "mypy", "--strict", str(path)], check=True, cwd=ROOT, env=environment)
 
 
 @pytest.mark.parametrize("command", ["serve", "run"])
