@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from vmmblk.budget import Room
+from vmmblk.budget import Patience, Room
 
 
 def test_memory_is_shared_in_the_order_of_asking() -> None:
@@ -72,3 +72,44 @@ def test_what_was_taken_is_given_back_after_an_error() -> None:
             pass
 
     asyncio.run(asyncio.wait_for(main(), 5))
+
+
+def test_patience_grows_while_sleep_is_short() -> None:
+    """From nothing, twice as long each time, up to the most."""
+    patience = Patience(50_000, adaptive=True)
+    windows = [patience.window]
+    for _ in range(7):
+        patience.slept(49_999)
+        windows.append(patience.window)
+    assert windows == [0, 2_000, 4_000, 8_000, 16_000, 32_000, 50_000, 50_000]
+
+
+def test_patience_ends_when_nothing_comes() -> None:
+    """Half as long each time, then none: who is idle uses no processor."""
+    patience = Patience(50_000, adaptive=True)
+    for _ in range(6):
+        patience.slept(0)
+    windows = []
+    for _ in range(6):
+        patience.slept(50_000)
+        windows.append(patience.window)
+    assert windows == [25_000, 12_500, 6_250, 3_125, 1_562, 0]
+
+
+@pytest.mark.parametrize(("most", "endless"), [(0, False), (7, False), (None, True)])
+def test_patience_can_be_fixed(most: int | None, endless: bool) -> None:
+    """However long the sleep."""
+    patience = Patience(most, adaptive=False)
+    before = patience.window
+    for duration in (0, 10**12):
+        patience.slept(duration)
+    assert patience.window == before
+    assert patience.endless is endless
+    assert before == most or (endless and before > 10**18)
+
+
+def test_endless_patience_does_not_adapt() -> None:
+    """Even if it is asked to."""
+    patience = Patience(None, adaptive=True)
+    patience.slept(10**12)
+    assert patience.window > 10**18
