@@ -522,8 +522,8 @@ static void listen_for(struct io_thread *t, int milliseconds)
 	struct vmm_lane *lanes[e->nr_lanes + 2];
 	nfds_t n = 0;
 
-	/* it stays readable, and would not let those sleep who wait for the kernel */
-	if (!atomic_load(&e->stop))
+	/* it stays readable, and would not let those sleep who then still wait for the kernel */
+	if (!t->in_kernel || !atomic_load(&e->stop))
 		fds[n++] = (struct pollfd){ e->stop_fd, POLLIN, 0 };
 	if (t->has_ring)
 		fds[n++] = (struct pollfd){ t->ring.ring_fd, POLLIN, 0 };
