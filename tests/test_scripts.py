@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GETTERS = ["get-firmware", "get-guest", "get-libvfio-user", "get-qemu"]
-OTHERS = ["demo", "guest", "make-boot-disk", "../tests/guest-matrix", "../tests/run"]
+OTHERS = ["../benchmarks/run", "demo", "guest", "make-boot-disk", "../tests/guest-matrix", "../tests/run"]
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
