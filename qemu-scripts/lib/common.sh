@@ -173,7 +173,7 @@ on_x86_64() { [[ $(uname -m) == x86_64 ]] || die "this needs an x86-64 machine, 
 # named EXTRA ("" for none), and its extension modules built. Does nothing when nothing it is made of has changed.
 python_environment() {
     local extra=$1 venv=$repo/.venv python=/usr/bin/python3 key log=$cache/install.log
-    need python3 python3-venv python3-dev gcc libc6-dev
+    need python3 python3-venv python3-dev gcc libc6-dev liburing-dev
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "this needs Python 3.11 or newer"
     lock venv
     key=$(cat -- "$cache/libvfio-user/.stamp" "$repo"/{pyproject.toml,cffi_build.py} "$repo"/vmmblk/csrc/* |

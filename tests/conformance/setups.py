@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guests import Served
+from guests import Served, make_image
 
 from vmmblk.conform.target import Options
 
@@ -19,9 +20,17 @@ TESTS = Path(__file__).parents[1]
 DISK = "conform_disk.py"
 EXTRAS = "suspend=on,notification_data=on,notif_config_data=on,access_platform=on,order_platform=on"
 
+FILES = {"FILE": "/var/tmp", "FILE IN MEMORY": "/dev/shm"}
+"""What stands for a file of 16 MiB, and where that is: on a disk or not."""
+
 SETUPS = {
     "plain": ["--queues", "1", "--features", "mq=off,packed=off,indirect=off,event_idx=off", "memory:64K"],
     "default": ["--queues", "4", "memory:16M"],
+    "default, in Python": ["--engine", "python", "--queues", "4", "memory:16M"],
+    "busy": ["--poll-us", "busy", "--io-threads", "1", "--queues", "4", "memory:16M"],
+    "file": ["--queues", "4", "FILE"],
+    "file in memory": ["--queues", "4", "--cache", "writethrough", "FILE IN MEMORY"],
+    "direct": ["--block-size", "4096", "--queues", "4", "FILE", "direct=on"],
     "everything": ["--queues", "4", "--features", EXTRAS, DISK],
     "in order": ["--queues", "2", "--queue-size", "16", "--features", f"in_order=on,{EXTRAS}", DISK],
     "read-only": ["--read-only", "--serial", "twenty characters ok", "memory:16M"],
@@ -52,8 +61,12 @@ def serving(setup: str, folder: Path, tree: Path = TESTS.parent) -> Iterator[tup
         "-c",
         f"import sys; sys.path.insert(0, {str(tree)!r}); from vmmblk.cli import main; main()",
     ]
-    with Served(folder / "s", *arguments, program=python) as served:
-        yield served, options
+    with contextlib.ExitStack() as stack:
+        for name, place in FILES.items():
+            image = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=place))) / "disk"
+            make_image(image, 16 << 20)
+            arguments = [str(image) if each == name else each for each in arguments]
+        yield stack.enter_context(Served(folder / "s", *arguments, program=python)), options
 
 
 def _tell(file: Path) -> str:
