@@ -298,7 +298,7 @@ def test_a_write_that_ends_late_sends_what_it_was_given(rig: Rig) -> None:
     rig.memory.write(DATA.iova + 8 * PAGE, b"\xee" * 64)
     chains = rig.queue.pop()
     expected = [b"".join(chain.views_in) for chain in chains]
-    unrelated = rig.core.view(2).readable
+    unrelated = rig.core.aliases[2].readable
     orphaned(rig)
     rig.memory.write(DATA.iova, b"\xee" * 4 * PAGE)
     assert [b"".join(chain.views_in) for chain in chains] == expected
@@ -375,25 +375,25 @@ def test_a_view_taken_by_number_after_the_orphan_is_still_there(rig: Rig) -> Non
     with rig.quiesced():
         rig.unmap(DATA)
         rig.map(DATA)
-    assert bytes(rig.core.view(2).readable[:4]) == b"abcd"
+    assert bytes(rig.core.aliases[2].readable[:4]) == b"abcd"
     rig.complete(chain)
     with rig.quiesced():
         rig.unmap(DATA)
         rig.map(DATA)
     with pytest.raises(KeyError):
-        rig.core.view(2)
+        rig.core.aliases[2]
 
 
 def test_only_memory_that_is_in_use_is_taken_back(rig: Rig) -> None:
     """Regions that nothing in flight names keep their mapping, and an orphan of none takes nothing."""
     orphaned(rig)
-    rig.core.view(1)
-    rig.core.view(2)
+    rig.core.aliases[1]
+    rig.core.aliases[2]
     rig.offer(rig.readable(HEADER), room(PAGE), rig.writable(1))
     chain = rig.pop_one()
     orphaned(rig)
-    rig.core.view(1)
-    rig.core.view(3)
+    rig.core.aliases[1]
+    rig.core.aliases[3]
     rig.complete(chain)
     assert rig.core.orphans == 0
 
@@ -565,7 +565,7 @@ def test_status_and_header_memory_are_not_taken_back(rig: Rig) -> None:
     orphaned(rig)
     rig.complete(chain)
     assert len(rig.ring.get_used()) == 1
-    assert rig.core.view(1)
+    assert rig.core.aliases[1]
 
 
 def test_a_core_with_views_kept_can_be_closed() -> None:

@@ -1,12 +1,11 @@
 """Guest memory and the device core: the typed face of csrc/memory.c and csrc/device.c.
 
 The core maps each region of guest memory a second time, the region's *alias*, and gives it a number.  A segment of a
-request names its alias; :meth:`Core.view` turns it into a memoryview of the guest's own pages.  An alias outlives its
-region: when guest memory is taken back, anonymous memory takes the alias's place, and the address range is freed when
-the last view of it is gone.  So a block that keeps a view for ever harms nobody.
+request names its alias, and :attr:`Core.aliases` tells the views of the guest's own pages for it.  An alias outlives
+its region: when guest memory is taken back, anonymous memory takes the alias's place, and the address range is freed
+when the last view of it is gone.  So a block that keeps a view for ever harms nobody.
 
-Threads: the transport thread calls everything here but :meth:`Core.view`, which the thread that pops calls for chains
-in flight.
+Threads: the transport thread calls everything here; the thread that pops looks up the aliases of chains in flight.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Region:
 
 
 class Alias:
-    """One mapping of a guest region: its address and views of it.  ``writable`` is None in read-only memory."""
+    """One mapping of a guest region: its address and views of it.  ``writable`` is ``readable`` in read-only memory."""
 
     __slots__ = ("address", "readable", "writable")
 
@@ -66,7 +65,7 @@ class Alias:
         owner = ffi.gc(ffi.cast("char *", base), release)
         whole = memoryview(ffi.buffer(owner, length))[start : start + described.size]
         self.readable = whole.toreadonly()
-        self.writable = whole if described.prot & 2 else None
+        self.writable = whole if described.prot & 2 else self.readable
 
 
 def _check(result: int, what: str) -> int:
@@ -86,13 +85,14 @@ class Core:
         self.handle = lib.vmm_device_new(queues, queue_size, self.drained_fd)
         if self.handle == ffi.NULL:
             raise MemoryError
-        self._aliases: dict[int, Alias] = {}
+        self.aliases: dict[int, Alias] = {}
+        """By number; one is there as long as a chain that names it is in flight."""
         self._retired: list[int] = []
         self._fresh = ffi.new("struct vmm_alias[]", lib.VMM_MAX_REGIONS)
 
     def close(self) -> None:
         """Free the core.  Nothing may be in flight, no thread in it, no region mapped."""
-        self._aliases.clear()
+        self.aliases.clear()
         lib.vmm_device_free(self.handle)
         os.close(self.drained_fd)
 
@@ -118,7 +118,7 @@ class Core:
             f"guest memory at {r.iova:#x}",
         )
         if out.addr:
-            self._aliases[out.id] = Alias(out)
+            self.aliases[out.id] = Alias(out)
 
     def unmap(self, iova: int, size: int) -> None:
         """Remove a region; views of it see anonymous memory from now on.  Raises: OSError (ENOENT)."""
@@ -128,15 +128,11 @@ class Core:
             self._retired.append(alias[0])
         self._forget_retired()
 
-    def view(self, alias: int) -> Alias:
-        """The alias of that number; it is there as long as a chain that names it is in flight."""
-        return self._aliases[alias]
-
     def _forget_retired(self) -> None:
         # memory is retired with nothing in flight but orphans, so without orphans nobody looks these up any more
         if not self.orphans:
             while self._retired:
-                del self._aliases[self._retired.pop()]
+                del self.aliases[self._retired.pop()]
 
     def orphan(self) -> None:
         """Take guest memory back from everything in flight, of all queues.
@@ -149,7 +145,7 @@ class Core:
         self.pause(Pause.ORPHAN)  # a queue that still runs must not pop before the fresh aliases are known here
         error = lib.vmm_device_orphan(self.handle, self._fresh, count)
         for i in range(count[0]):
-            self._aliases[self._fresh[i].id] = Alias(self._fresh[i])
+            self.aliases[self._fresh[i].id] = Alias(self._fresh[i])
             self._retired.append(self._fresh[i].old)
         self.resume(Pause.ORPHAN)
         _check(error, "taking guest memory back")

@@ -122,7 +122,8 @@ class Queue:
         self.starts = 0
         """How often the queue was started: tells its lives apart."""
         self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._core = core
+        self.aliases = core.aliases
+        """The mappings of guest memory, by number."""
         self.ready_fd = self.kick_fd
         """What tells that there may be something to pop: the doorbell, or the engine that heard it."""
         self.handle = core.queue_handle(index, self.kick_fd)
@@ -233,9 +234,8 @@ class Queue:
 
     def view(self, alias: int, offset: int, length: int, *, writable: bool) -> memoryview:
         """The guest's own pages of a segment."""
-        mapped = self._core.view(alias)
-        whole = mapped.writable if writable and mapped.writable is not None else mapped.readable
-        return whole[offset : offset + length]
+        mapped = self.aliases[alias]
+        return (mapped.writable if writable else mapped.readable)[offset : offset + length]
 
     def chain(self, taken: Taken) -> Chain:
         """A chain with views of its data."""

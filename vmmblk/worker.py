@@ -94,7 +94,9 @@ _REPORT_ZONES = 16384  # zones told of in one request: 1 MiB
 # CancelledError is one as well, and a disk that exits must not take the event loop with it.
 _FAILURES = (Exception, asyncio.CancelledError, SystemExit)
 
-_IN, _OUT = int(RequestType.IN), int(RequestType.OUT)
+# looked up once: these are needed for each request
+_IN, _OUT, _OK = int(RequestType.IN), int(RequestType.OUT), Status.OK
+_HEADER = REQUEST_HEADER.size
 
 Outcome = tuple[Status, int]
 """Status, and how many leading bytes of the device-writable data were written."""
@@ -363,8 +365,7 @@ class Worker:
                 self._send(queue)
 
     def _begun(self, queue: Queue, batch: list[Taken]) -> Iterator[Coroutine[Any, None, None]]:
-        for taken in batch:
-            plain = self._plain(queue, taken)
+        for taken, plain in zip(batch, self._plain(queue, batch), strict=True):
             if plain is None:
                 yield self._serve_chain(queue, queue.chain(taken))
             else:
@@ -374,8 +375,7 @@ class Worker:
         """The disk gets all reads and writes at once; other requests go their own way."""
         tokens, transfers = [], []
         cached = self._write_cache and self._flushable is not None
-        for taken in batch:
-            plain = self._plain(queue, taken)
+        for taken, plain in zip(batch, self._plain(queue, batch), strict=True):
             if plain is None:
                 yield self._serve_chain(queue, queue.chain(taken))
             else:
@@ -391,29 +391,34 @@ class Worker:
             await _finished(self._submittable.submit(transfers))  # type: ignore[union-attr]
         except _FAILURES as raised:
             failure = raised
+        ended: list[Completion] = []
         for (token, written), transfer in zip(tokens, transfers, strict=True):
             failed = failure if transfer.error is None else transfer.error
-            if failed is None:
-                self._complete(queue, token, Status.OK, written)
-            else:
-                self._complete(queue, token, self._judge(failed), 0)
+            ended.append((token, _OK, written) if failed is None else (token, self._judge(failed), 0))
+        self._complete(queue, ended)
 
-    def _plain(self, queue: Queue, taken: Taken) -> Plain | None:
-        """The commonest request: a read or write of whole blocks, in one piece that suits the disk; None if other."""
-        _, flags, error, size, kind, _, sector, outs, ins, _, writable, _, alias, length, offset, host = taken
-        if flags or error or size != REQUEST_HEADER.size or self._bounces_all or self._zoned is not None:
-            return None
-        if (sector * SECTOR_SIZE | length) & self._length_mask or host & self._address_mask:
-            return None
-        position = sector // self._scale
-        if kind == _IN and not outs and ins == 1:
-            return False, position, queue.view(alias, offset, length, writable=True), writable
-        if kind == _OUT and outs == 1 and not ins:
-            return True, position, queue.view(alias, offset, length, writable=False), 0
-        return None
+    def _plain(self, queue: Queue, batch: list[Taken]) -> list[Plain | None]:
+        """The commonest requests: reads and writes of whole blocks, in one piece that suits the disk; None if other."""
+        if self._bounces_all or self._zoned is not None:
+            return [None] * len(batch)
+        aliases, scale = queue.aliases, self._scale
+        length_mask, address_mask = self._length_mask, self._address_mask
+        found: list[Plain | None] = []
+        for _, flags, error, size, kind, _, sector, outs, ins, _, writable, _, alias, length, offset, host in batch:
+            plain = None
+            if (
+                not (flags or error or (sector * SECTOR_SIZE | length) & length_mask or host & address_mask)
+                and size == _HEADER
+            ):
+                if kind == _IN and not outs and ins == 1:
+                    plain = False, sector // scale, aliases[alias].writable[offset : offset + length], writable
+                elif kind == _OUT and outs == 1 and not ins:
+                    plain = True, sector // scale, aliases[alias].readable[offset : offset + length], 0
+            found.append(plain)
+        return found
 
     async def _transfer_plainly(self, queue: Queue, token: int, plain: Plain) -> None:
-        status = Status.OK
+        status = _OK
         write, sector, view, written = plain
         try:
             pending = (self._writer() if write else self._block.read)(sector, [view])
@@ -421,7 +426,7 @@ class Worker:
                 await pending
         except _FAILURES as failure:
             status, written = self._judge(failure), 0
-        self._complete(queue, token, status, written)
+        self._complete(queue, [(token, status, written)])
 
     def _writer(self) -> Call:
         flushable = self._flushable if self._write_cache else None
@@ -432,7 +437,7 @@ class Worker:
             status, written = await self._answer(chain)
         except _FAILURES as failure:
             status, written = self._judge(failure), 0
-        self._complete(queue, chain.token, status, written)
+        self._complete(queue, [(chain.token, status, written)])
 
     def _judge(self, failure: BaseException) -> Status:
         if isinstance(failure, (BadRequest, BlockError, OSError)):  # the guest or the disk: quiet
@@ -451,10 +456,11 @@ class Worker:
         message = "the disk raised %s; the guest gets an I/O error"
         self._bug_log.log(log, logging.ERROR, message, type(error).__name__, cause=error)
 
-    def _complete(self, queue: Queue, token: int, status: Status, written: int) -> None:
+    def _complete(self, queue: Queue, ended: list[Completion]) -> None:
         # what ends in one turn of the loop is sent together: one used index, one interrupt
         done, in_order = self._done[queue.index], self._in_order[queue.index]
-        ended = in_order.end((token, status, written)) if in_order.taken else [(token, status, written)]
+        if in_order.taken:
+            ended = [ready for each in ended for ready in in_order.end(each)]
         if ended and not done and not self._batching:
             self._loop.call_soon(self._send, queue)
         done += ended

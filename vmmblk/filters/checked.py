@@ -98,6 +98,7 @@ class Checked(Filter):
     async def submit(self, batch: Sequence[Transfer]) -> None:
         """Check each, then ``submit`` those that are right."""
         size, sector_size, mask = self._size, self._sector_size, self._mask
+        connected, read_write = self._connected, self._read_write
         right = []
         for transfer in batch:
             length = bits = 0
@@ -105,9 +106,9 @@ class Checked(Filter):
                 length += len(buffer)
                 bits |= len(buffer)
             start = transfer.sector_start * sector_size
-            if bits & mask or not 0 <= start <= size - length or not self._connected:
+            if bits & mask or not 0 <= start <= size - length or not connected:
                 transfer.error = self._wrong(transfer, length, bits)
-            elif transfer.write and not self._read_write:
+            elif transfer.write and not read_write:
                 transfer.error = self._refusal()
             elif length:
                 right.append(transfer)
