@@ -19,6 +19,7 @@ from benchmarks.measure import cost, guestless, image, machine
 from benchmarks.page import Run, page
 from benchmarks.plots import draw
 from vmmblk.config import parse_size
+from vmmblk.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,10 @@ QUICK = {"rounds": 1, "seconds": 0.2, "size": 16 << 20}
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False))
 def main(*, quick: bool, rounds: int, seconds: float, size: str, raw: Path | None, output: Path | None) -> None:
     """See benchmarks/run --help."""
-    settings = QUICK if quick else {"rounds": rounds, "seconds": seconds, "size": parse_size(size)}
+    try:
+        settings = QUICK if quick else {"rounds": rounds, "seconds": seconds, "size": parse_size(size)}
+    except ConfigError as exc:
+        raise click.BadParameter(str(exc), param_hint="--size") from None
     KEPT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="file-", dir=KEPT) as folder:
         everything = subjects(Path(folder), TMPFS, ROOT / "benchmarks" / "disks")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from benchmarks.cells import Subject
 
-__all__ = ["Run", "page"]
+__all__ = ["Run", "page", "size_text"]
 
 Sample = dict[str, Any]
 
@@ -123,7 +123,7 @@ def _targets(run: Run) -> Iterator[_Target]:
         for cell in (
             Cell(rw, size, depth) for rw in ("randread", "randwrite") for size in (4096, 128 << 10) for depth in (1, 32)
         ):
-            what = f"{title}, {cell.rw}, {_bytes(cell.block_size)}, depth {cell.iodepth}, of fio"
+            what = f"{title}, {cell.rw}, {size_text(cell.block_size)}, depth {cell.iodepth}, of fio"
             yield _Target(what, 0.9, _ratio, run.values(name, cell, "ratio"))
     yield _Target("Python, depth 32", 250e3, _rate, run.values("python", Cell(), "iops"))
     yield _Target("Python, submit, depth 32", 400e3, _rate, run.values("python-submit", Cell(), "iops"))
@@ -148,7 +148,7 @@ def _disk(run: Run, subject: str) -> str:
 
         iops = run.values(subject, cell, "iops")
         bandwidth = f"{statistics.median(iops) * cell.block_size / (1 << 20):.0f}"
-        row = [cell.rw, _bytes(cell.block_size), str(cell.iodepth), str(cell.queues), told("iops", _rate), bandwidth]
+        row = [cell.rw, size_text(cell.block_size), str(cell.iodepth), str(cell.queues), told("iops", _rate), bandwidth]
         row += [told("p50_us", _short), told("p99_us", _short), told("cpu_us", _short)]
         rows.append([*row, told("limit_iops", _rate), told("ratio", _ratio)])
     return _table(heads, [row if any(row[9] for row in rows) else row[:9] for row in rows])
@@ -212,8 +212,8 @@ def _memory(value: float) -> str:
     return f"{value / (1 << 20):.1f} MiB"
 
 
-def _bytes(value: float) -> str:
-    size = int(value)
+def size_text(size: int) -> str:
+    """A number of bytes in the largest unit that leaves it whole."""
     for unit, name in ((1 << 20, " MiB"), (1 << 10, " KiB")):
         if size % unit == 0:
             return f"{size // unit}{name}"

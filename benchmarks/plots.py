@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cells import Cell
+from benchmarks.page import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ def draw(run: Run, subjects: Sequence[Subject], folder: Path) -> list[tuple[str,
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "vmmblk"  # the same figures make the same file
+    mpl.rcParams["axes.prop_cycle"] = mpl.cycler(color=mpl.colormaps["tab20"].colors)
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for axis, label in _AXES:
@@ -43,21 +45,24 @@ def _plot(run: Run, subjects: Sequence[Subject], path: Path, rw: str, words: tup
     bandwidth = axis == "block_size"
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes: Any = figure.add_subplot()
-    for subject in subjects:
+    places: set[int] = set()
+    for number, subject in enumerate(subjects):
         every = [cell for cell in run.cells(subject.name) if replace(Cell(rw), **{axis: getattr(cell, axis)}) == cell]
         cells = sorted(every, key=lambda cell: int(getattr(cell, axis)))
         if len(cells) < 2:
             continue
-        _line(axes, run, subject, cells, axis, bandwidth=bandwidth)
+        places.update(getattr(cell, axis) for cell in cells)
+        _line(axes, run, subject, cells, axis, colour=f"C{number}", bandwidth=bandwidth)
     axes.set(title=f"{rw} by {label}", xlabel=label, ylabel="MiB/s" if bandwidth else "IOPS", yscale="log")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(places), labels=[size_text(place) if bandwidth else str(place) for place in sorted(places)])
     axes.grid(visible=True, alpha=0.3)
     if axes.lines:
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, metadata={"Date": None})
 
 
-def _line(axes: Any, run: Run, subject: Subject, cells: list[Cell], axis: str, *, bandwidth: bool) -> None:
+def _line(axes: Any, run: Run, subject: Subject, cells: list[Cell], axis: str, *, colour: str, bandwidth: bool) -> None:
     """The median with a bar from the least to the most, and the limit, if there is one, dashed in its colour."""
 
     def scaled(cell: Cell, key: str) -> list[float]:
@@ -70,9 +75,9 @@ def _line(axes: Any, run: Run, subject: Subject, cells: list[Cell], axis: str, *
     low = [at - min(values) for at, values in zip(middle, found, strict=True)]
     high = [max(values) - at for at, values in zip(middle, found, strict=True)]
     places = [getattr(cell, axis) for cell in cells]
-    bars = axes.errorbar(places, middle, yerr=[low, high], marker="o", capsize=3, label=subject.title)
+    axes.errorbar(places, middle, yerr=[low, high], marker="o", capsize=3, label=subject.title, color=colour)
     limits = [
         (getattr(cell, axis), statistics.median(values)) for cell in cells if (values := scaled(cell, "limit_iops"))
     ]
     if limits:
-        axes.plot(*zip(*limits, strict=True), linestyle="--", alpha=0.6, color=bars.lines[0].get_color())
+        axes.plot(*zip(*limits, strict=True), linestyle="--", alpha=0.6, color=colour)
