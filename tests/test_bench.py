@@ -287,7 +287,6 @@ def test_a_server_that_dies_is_told(tmp_path: Path) -> None:
     assert outcome.problem is not None
     assert outcome.problem.startswith("the server ended")
     assert outcome.requests > 0
-    assert outcome.server_cpu is None
 
 
 def test_ctrl_c_ends_it(serve: Serve) -> None:
