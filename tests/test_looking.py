@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import until
 from disks import CachedDisk, Disk
 
-from vmmblk.client.driver import attach
+from vmmblk.backends.memory import Memory
+from vmmblk.client.driver import SUPPORTED, attach
 from vmmblk.engine import EngineOptions
-from vmmblk.spec import RequestType, Status
+from vmmblk.spec import Feature, RequestType, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,3 +179,25 @@ def test_who_has_nothing_to_do_uses_no_processor(serve: Serve, poll_us: int | No
 async def used_time() -> float:
     """Of the event loop's thread, in seconds."""
     return time.thread_time()
+
+
+def test_what_was_handed_over_is_answered_before_the_end(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much an engine has left to the worker when the server stops."""
+    served = serve(Memory(2048), engine="native", queue_size=1024, features={"in_order": True})
+    with attach(served.path, features=SUPPORTED | Feature.IN_ORDER.mask, indirect=True) as v:
+        loop, stopping = served.server._worker._loop, threading.Event()
+        call = loop.call_soon_threadsafe
+        call(stopping.wait)
+
+        def tell_and_go_on(*arguments: Any) -> None:
+            call(*arguments)
+            stopping.set()
+
+        pendings = [v.submit(IN, 0, data_in=512) for _ in range(700)]
+        v.kick()
+        until(lambda: served.server._core.busy == len(pendings))
+        monkeypatch.setattr(loop, "call_soon_threadsafe", tell_and_go_on)
+        assert served.server.stop(PATIENCE)
+        while v.poll():
+            pass
+        assert [each.status for each in pendings] == [Status.OK] * len(pendings)

@@ -219,13 +219,14 @@ class Worker:
 
         Turning it off flushes: a driver that sees write-through may never send a flush for what it wrote before.
         """
-        if self._write_cache and not on and not self._flush_due and self._flushable is not None:
+        ends = self._write_cache and not on
+        self._write_cache = on  # before the flush: it must cover all that was cached
+        if self._engine is not None:
+            self._engine.set_write_cache(on and self._flushable is not None)
+        if ends and not self._flush_due and self._flushable is not None:
             self._flush_due = True  # a guest may switch as often as it likes: one flush runs, one more may wait
             with contextlib.suppress(RuntimeError):  # the worker has ended, and flushed
                 self._loop.call_soon_threadsafe(self._flush_soon)
-        self._write_cache = on
-        if self._engine is not None:
-            self._engine.set_write_cache(on and self._flushable is not None)
 
     def stop(self, timeout: float) -> bool:
         """Wait for what is in flight, flush, disconnect the block, end the thread.
@@ -263,8 +264,9 @@ class Worker:
         await self._stop.wait()
         for queue in self._queues:
             self._loop.remove_reader(queue.ready_fd)
-            self._loop.call_soon(self._serve, queue)  # what an engine has handed over meanwhile
-        await asyncio.sleep(0)
+        rest = self._loop.create_future()
+        self._loop.call_soon(self._serve_rest, rest)
+        await rest
         while self._starter.waiting:
             await asyncio.wait(self._starter.waiting)
         await asyncio.sleep(0)  # completions of the last tasks are sent in a turn of their own
@@ -307,6 +309,13 @@ class Worker:
             self._loop.call_soon(self._serve, queue)
         else:
             self._slept_since = time.monotonic_ns()
+
+    def _serve_rest(self, served: asyncio.Future[None]) -> None:
+        """What an engine has handed over before the queues were paused."""
+        if sum([self._serve_some(queue) for queue in self._queues]):
+            self._loop.call_soon(self._serve_rest, served)
+        else:
+            served.set_result(None)
 
     def _serve_some(self, queue: Queue, *, arm: bool = True) -> int:
         """Take a batch of chains and begin with them; how many they are."""
