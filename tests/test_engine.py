@@ -153,7 +153,7 @@ def test_without_io_uring(serve: Serve, make: Make, kind: str) -> None:
 @pytest.mark.parametrize("poll_us", [0, 50, None], ids=["sleeps", "polls", "busy"])
 @pytest.mark.parametrize("threads", [1, 3, 4])
 def test_queues_that_share_threads(serve: Serve, make: Make, threads: int, poll_us: int | None) -> None:
-    """Every queue is served, however many threads there are and whether they sleep (RING-SPLIT-012)."""
+    """Every queue is served, however many threads there are and whether they sleep."""
     options = EngineOptions(threads=threads, poll_us=poll_us)
     served = serve(uncalled(make("file")), queues=4, engine="native", io=options)
     with attach(served.path, queues=4) as v:
@@ -214,7 +214,7 @@ def test_more_pieces_than_one_call_takes(serve: Serve, make: Make, engine: str) 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_big_sectors(serve: Serve, make: Make, kind: str, engine: str) -> None:
-    """With sectors of 4096 bytes, others are refused, and none of them is written (BLK-033)."""
+    """With sectors of 4096 bytes, others are refused, and none of them is written (HOSTILE-160)."""
     served = serve(make(kind, sector_size=4096), engine=engine)
     with attach(served.path) as v:
         assert v.block_size == 4096
@@ -228,7 +228,7 @@ def test_big_sectors(serve: Serve, make: Make, kind: str, engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_requests(serve: Serve, make: Make, kind: str, engine: str) -> None:
-    """Flush, discard, zeroes, identity, what is unknown and what is empty, between reads and writes (BLK-004, 055)."""
+    """Flush, discard, zeroes, identity, what is unknown and what is empty, between reads and writes (BLK-056, 090)."""
     served = serve(make(kind), engine=engine, serial="the-same")
     with attach(served.path) as v:
         v.write(0, PATTERN)
@@ -268,7 +268,7 @@ def set_cache(v: VirtioBlk, *, on: bool) -> None:
 def test_a_write_is_durable_when_the_cache_is_off(
     serve: Serve, make: Make, folder: Path, engine: str, uring: bool
 ) -> None:
-    """The data has its place on the disk at once, or with the cache on after a flush (BLK-061, 062, 064)."""
+    """The data has its place on the disk at once, or with the cache on after a flush (BLK-066, 067)."""
     served = serve(make("file"), engine=engine, cache="writethrough", io=EngineOptions(uring=uring))
     with attach(served.path) as v:
         v.write(0, PATTERN)
@@ -302,7 +302,7 @@ def test_stopping_makes_everything_durable(serve: Serve, make: Make, folder: Pat
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_past_the_end(serve: Serve, make: Make, kind: str, engine: str) -> None:
-    """Nothing is transferred of a request that ends after the disk, or wraps (BLK-060, HOSTILE-154)."""
+    """Nothing is transferred of a request that ends after the disk, or wraps (HOSTILE-154, -156)."""
     served = serve(make(kind), engine=engine)
     with attach(served.path) as v:
         for sector in (SECTORS, SECTORS - 8, 1 << 40, (1 << 55) - 8, (1 << 64) - 8):
@@ -314,7 +314,7 @@ def test_past_the_end(serve: Serve, make: Make, kind: str, engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_read_only(serve: Serve, make: Make, kind: str, engine: str) -> None:
-    """Writes fail, reads do not (BLK-056)."""
+    """Writes fail, reads do not (BLK-060, 062)."""
     disk = ReadOnly(make("memory")) if kind == "memory" else make(kind, read_only=True)
     served = serve(disk, engine=engine)
     with attach(served.path) as v:
@@ -352,7 +352,7 @@ def files_no_longer_than(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["file", "tmpfs", "direct"])
 def test_a_write_that_fails(serve: Serve, make: Make, kind: str, engine: str, cache: str) -> None:
-    """The guest is told, others go on, and the disk knows of what write-through lost."""
+    """The guest is told, others go on, and the disk knows of what write-through lost (BLK-071)."""
     disk = make(kind)
     failures: list[OSError] = []
     disk._write_failed = failures.append  # type: ignore[attr-defined]
@@ -423,7 +423,7 @@ def test_threads_run_where_they_are_told(serve: Serve, make: Make, cpus: tuple[i
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_growing(serve: Serve, engine: str) -> None:
-    """New sectors can be used as soon as the guest knows of them."""
+    """New sectors can be used as soon as the guest knows of them (BLK-063, 064)."""
     disk = Memory(8, max_sectors=64)
     served = serve(disk, engine=engine)
     with attach(served.path) as v:
@@ -469,7 +469,7 @@ def test_a_corrupt_ring(serve: Serve, logs: Logs, poll_us: int | None) -> None:
 
 
 def test_in_order_goes_through_the_worker(serve: Serve) -> None:
-    """With IN_ORDER requests are completed in their order, whoever is ready first; without, in C (RING-SPLIT-016)."""
+    """With IN_ORDER requests are completed in their order, whoever is ready first; without, in C."""
     disk = Memory(SECTORS)
     reads: list[int] = []
     real = disk.read

@@ -151,7 +151,7 @@ def test_resets_again_and_again(serve: Serve, logs: Logs, pipe: Pipe) -> None:
 
 
 def test_a_queue_reset(serve: Serve, logs: Logs, pipe: Pipe) -> None:
-    """The same for one queue (RING-RESET)."""
+    """The same for one queue."""
     logs.expect(TAKEN_BACK)
     served = serve(pipe, engine="native", queues=2)
     with reading(served, queues=2) as (v, _):
