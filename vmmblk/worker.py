@@ -358,6 +358,8 @@ class Worker:
             if now > until or self._starter.waiting:
                 self._loop.call_soon(self._look_on)
                 return
+            if not found:
+                os.sched_yield()  # the driver may be waiting for this very processor
         self._looking = False
         watched, self._watched = self._watched, set()
         for queue in watched:
