@@ -38,11 +38,12 @@ class Starter:
             spare = self._spare
             if spare is None or spare.task.cancelling():
                 spare = self._spare = Spare(self._loop)
-            asyncio._enter_task(self._loop, spare.task)  # noqa: SLF001 - documented, for such as us
+            task = spare.task
+            asyncio._enter_task(self._loop, task)  # noqa: SLF001 - documented, for such as us
             try:
                 more = spare.context.run(self._run, spare, coroutines)
             finally:
-                asyncio._leave_task(self._loop, spare.task)  # noqa: SLF001
+                asyncio._leave_task(self._loop, task)  # noqa: SLF001
 
     def close(self) -> None:
         """Begin no more: the spare task ends with the next turn of the loop."""
@@ -84,6 +85,7 @@ class Spare(Coroutine[Any, Any, None]):
 
     def go_on(self, coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
         """From the next turn of the loop on the task runs ``coroutine``, which waits for what it has yielded."""
+        del self.task  # which keeps us: together they would wait for the garbage collector
         self._coroutine = coroutine
         self._waits_for = waits_for
         if getattr(waits_for, _MARK, False):  # until the task takes it others may wait for it
