@@ -731,6 +731,7 @@ class HostileDriver(RuleBasedStateMachine):
         """The device needs a reset."""
         v = self.driver()
         ring = v.queues[queue % len(v.queues)]
+        self.settle()  # so that there is room or not, however fast the device is
         try:
             if name in CORRUPT:
                 v.submit_raw(CORRUPT[name](self.page), queue=ring.index)
