@@ -21,7 +21,7 @@ EXTRAS = "suspend=on,notification_data=on,notif_config_data=on,access_platform=o
 
 SETUPS = {
     "plain": ["--queues", "1", "--features", "mq=off,packed=off,indirect=off,event_idx=off", "memory:64K"],
-    "default": ["--queues", "4", "memory:16M"],
+    "default": ["--queues", "4", "memory:64M"],
     "everything": ["--queues", "4", "--features", EXTRAS, DISK],
     "in order": ["--queues", "2", "--queue-size", "16", "--features", f"in_order=on,{EXTRAS}", DISK],
     "read-only": ["--read-only", "--serial", "twenty characters ok", "memory:16M"],

@@ -23,7 +23,7 @@ _SHORT, _LONG = 8, 256
 _AT_DESCRIPTOR, _RESERVED = 2, 3
 _TAIL = 12
 _MUCH = 1 << 20
-_ROUNDS, _TRIES = 3, 12
+_ROUNDS, _TRIES = 3, 60
 _AREAS = ("descriptor ring", "driver's event structure", "device's event structure")
 
 
