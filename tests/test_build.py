@@ -66,9 +66,7 @@ def test_static_wins(places: Path) -> None:
 
 
 @pytest.mark.parametrize("chosen", [None, "nowhere"])
-def test_what_is_said_when_it_is_missing(
-    chosen: str | None, places: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_said_when_it_is_missing(chosen: str | None, places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names the script which gets it."""
     if chosen:
         monkeypatch.setenv("LIBVFIO_USER", str(places / chosen))

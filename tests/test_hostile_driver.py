@@ -38,7 +38,7 @@ from vmmblk.client.errors import QueueFull, RemoteError
 from vmmblk.client.interrupts import Interrupts
 from vmmblk.client.memory import PAGE, GuestMemory, Range
 from vmmblk.client.queue import Descriptor, SplitQueue
-from vmmblk.client.request import Request
+from vmmblk.client.request import UNSET_STATUS, Request
 from vmmblk.client.wire import Region
 from vmmblk.filters import prepare
 from vmmblk.server import Server, ServerOptions
@@ -68,6 +68,9 @@ if TYPE_CHECKING:
 SECTORS, SECTORS_MAX = 64, 96
 QUEUES = 4
 PATIENCE = 5.0
+FAILED = {Status.IOERR, UNSET_STATUS}
+"""How a request ends whose memory is not there: the place where that is told may be a part of it."""
+
 RECORDS_MAX = 80
 """Lines that one example may leave in the log."""
 
@@ -328,7 +331,7 @@ class HostileDriver(RuleBasedStateMachine):
     def may_fail(self) -> None:
         """Memory may have been taken back from what is in flight, or may not be there when it is looked at."""
         for request in self.requests:
-            request.statuses.add(Status.IOERR)
+            request.statuses |= FAILED
 
     def clean(self) -> None:
         """The whole device has been reset: all is as at first, and if the disk is idle the model can be checked."""
@@ -589,7 +592,7 @@ class HostileDriver(RuleBasedStateMachine):
             )
         except (QueueFull, MemoryError):
             return
-        risky = set() if self.all_mapped else {Status.IOERR}
+        risky = set() if self.all_mapped else FAILED
         self.requests.append(Outstanding(pending, {status, *risky}, begin()))
         if place.kick:
             v.kick(queue)
@@ -688,7 +691,7 @@ class HostileDriver(RuleBasedStateMachine):
         if pending.status is None:
             return
         assert pending.status in request.statuses
-        assert pending.written <= pending.data_in + 1
+        assert pending.written <= (0 if pending.status == UNSET_STATUS else pending.data_in + 1)
         if done:
             assert pending.written == pending.data_in + 1
             check_read(request.access, pending.data)
@@ -731,6 +734,7 @@ class HostileDriver(RuleBasedStateMachine):
         """The device needs a reset."""
         v = self.driver()
         ring = v.queues[queue % len(v.queues)]
+        self.settle()  # so that there is room or not, however fast the device is
         try:
             if name in CORRUPT:
                 v.submit_raw(CORRUPT[name](self.page), queue=ring.index)

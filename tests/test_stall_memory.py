@@ -10,11 +10,12 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import until
 from stalls import KINDS, Placed, Stalling, changed, pages_of, scatter, snapshot, submit_at
 
-from vmmblk.client.driver import VirtioBlk, attach
+from vmmblk.client.driver import SUPPORTED, VirtioBlk, attach
 from vmmblk.client.memory import PAGE, GuestMemory, Range
-from vmmblk.spec import RequestType, Status
+from vmmblk.spec import Feature, RequestType, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -258,6 +259,27 @@ def test_an_orphan_that_ends_while_memory_is_away_is_told_later(
         assert driver.read(40, 512) == disk.data[40 * 512 : 41 * 512]
         assert driver.queues[0].used_idx == 2
         assert driver.stray == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_orphans_are_told_in_order(packed: bool, serve: Serve, memory: GuestMemory) -> None:
+    """RING-INORDER-001: one whose status byte is away holds back the next, whose byte is there; then both are told."""
+    disk = KINDS["plain"]()
+    served = serve(disk, features={"in_order": True, "packed": packed})
+    features = SUPPORTED | Feature.IN_ORDER.mask | (Feature.RING_PACKED.mask if packed else 0)
+    with attach(served.path, memory=memory, features=features) as driver, disk.held():
+        placed = [submit_at(driver, RequestType.IN, 40, [(HERE, 4096)], page) for page in (THERE, CONTROL)]
+        driver.kick()
+        disk.wait("began", 2)
+        memory.unmap(driver.connection, *LAYOUT[2])
+        disk.release()
+        disk.wait("ended", 2)
+        served.settle()
+        assert driver.queues[0].get_used() == []
+        memory.map(driver.connection, *LAYOUT[2])
+        told: list[int] = []
+        until(lambda: told.extend(name for name, _ in driver.queues[0].get_used()) or len(told) == 2)
+        assert told == [each.pending.head for each in placed]
 
 
 def test_an_orphan_that_was_not_told_is_forgotten_at_a_reset(serve: Serve, memory: GuestMemory) -> None:

@@ -25,8 +25,8 @@ FILES = {"FILE": "/var/tmp", "FILE IN MEMORY": "/dev/shm"}
 
 SETUPS = {
     "plain": ["--queues", "1", "--features", "mq=off,packed=off,indirect=off,event_idx=off", "memory:64K"],
-    "default": ["--queues", "4", "memory:16M"],
-    "default, in Python": ["--engine", "python", "--queues", "4", "memory:16M"],
+    "default": ["--queues", "4", "memory:64M"],
+    "default, in Python": ["--engine", "python", "--queues", "4", "memory:64M"],
     "busy": ["--poll-us", "busy", "--io-threads", "1", "--queues", "4", "memory:16M"],
     "file": ["--queues", "4", "FILE"],
     "file in memory": ["--queues", "4", "--cache", "writethrough", "FILE IN MEMORY"],

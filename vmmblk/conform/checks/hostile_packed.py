@@ -23,7 +23,7 @@ _SHORT, _LONG = 8, 256
 _AT_DESCRIPTOR, _RESERVED = 2, 3
 _TAIL = 12
 _MUCH = 1 << 20
-_ROUNDS, _TRIES = 3, 12
+_ROUNDS, _TRIES = 3, 60
 _AREAS = ("descriptor ring", "driver's event structure", "device's event structure")
 
 
@@ -152,15 +152,15 @@ def misaligned_areas(target: Target) -> None:
 @check(Feature.RING_PACKED)
 def list_over_slots_in_flight(target: Target) -> None:
     """A list that runs on into slots that are in flight: the device asks for a reset (HOSTILE-061)."""
-    rounds = 0
+    count = [0, 0, 0]
     for _ in range(_TRIES):
         with bench(target, packed=True, size=_LONG) as b:
-            seen = _run_into_flight(b)
-        if seen == _REFUSED:
+            count[_run_into_flight(b)] += 1
+        expect(count[_SERVED] < _ROUNDS, "a list was served whose last slots were still in flight for others")
+        if count[_REFUSED] >= _ROUNDS and not count[_SERVED]:
             return
-        rounds += seen == _SERVED
-        expect(rounds < _ROUNDS, "a list was served whose last slots were still in flight for others")
-    raise NotTestable("the disk is too quick to have requests in flight while the ring changes")
+    if not count[_REFUSED]:
+        raise NotTestable("the disk is too quick to have requests in flight while the ring changes")
 
 
 _REFUSED, _SERVED, _TOO_LATE = range(3)
@@ -190,13 +190,15 @@ def _run_into_flight(b: Bench) -> int:
         return _TOO_LATE
     for step, each in enumerate(others[-_TAIL:]):
         ring.store(step, each._replace(flags=each.flags | ring.marks(ring.size + step), next=0))
+        # a read that is given back there in between leaves its used length, and so changes what the list names
+        b.memory.allow(each.address, room + 1)
     ring.store(half, first._replace(flags=first.flags | ring.marks(half), next=0))
     late = ring.is_used(_TAIL)
     b.kick()
     came = b.until(lambda: b.needs_reset or b.status_of(parcel) != UNSET_STATUS, b.patience)
     expect(came, "a list that runs into slots in flight is neither served, nor is a reset asked for")
-    if b.needs_reset:
-        return _REFUSED
+    if b.needs_reset:  # nothing is used any more; what was used before may be what it found wrong
+        return _TOO_LATE if any(ring.is_used(step) for step in range(_TAIL)) else _REFUSED
     return _TOO_LATE if late or b.status_of(parcel) != Status.OK else _SERVED
 
 
