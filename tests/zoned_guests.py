@@ -52,7 +52,7 @@ def run_in_guest(program: Path, *arguments: str, folder: Path, timeout: float) -
             *) insmod "/$module" ;;
             esac
         done </lib/modules/zoned-disks
-        for place in proc sys dev tmp; do
+        for place in proc sys dev; do
             mount --rbind /$place /{_ROOT}/$place
         done
         mount -t configfs configfs /{_ROOT}/sys/kernel/config
