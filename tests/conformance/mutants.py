@@ -365,6 +365,7 @@ MUTANTS = [
         "if (!r || !r->addr || (r->prot & prot) != prot) {",
         "if (!r || !r->addr || !prot) {",
         RING,
+        "default",
     ),
     Mutant(
         "RING-SPLIT-004 the status is the first byte of the last element",
@@ -400,7 +401,7 @@ MUTANTS = [
         "if (slots == room || ",
         "if ((void)room, ",
         PACKED,
-        "default",
+        "file, in Python",
     ),
     Mutant(
         "RING-PACKED-021 a used list is skipped by one slot",

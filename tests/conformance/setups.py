@@ -29,6 +29,7 @@ SETUPS = {
     "default, in Python": ["--engine", "python", "--queues", "4", "memory:64M"],
     "busy": ["--poll-us", "busy", "--io-threads", "1", "--queues", "4", "memory:16M"],
     "file": ["--queues", "4", "FILE"],
+    "file, in Python": ["--engine", "python", "--queues", "4", "FILE"],
     "file in memory": ["--queues", "4", "--cache", "writethrough", "FILE IN MEMORY"],
     "direct": ["--block-size", "4096", "--queues", "4", "FILE", "direct=on"],
     "everything": ["--queues", "4", "--features", EXTRAS, DISK],
