@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from vmmblk.errors import Unimplemented
+from vmmblk.spec import ZoneModel, ZoneState, ZoneType
 
 __all__ = [
     "Block",
@@ -116,34 +117,6 @@ class Lifetime:
     def __post_init__(self) -> None:
         if not (0 <= self.pre_eol_info <= 3 and 0 <= self.typ_a <= 11 and 0 <= self.typ_b <= 11):
             raise ValueError(f"{self} has a reserved value")
-
-
-class ZoneModel(enum.IntEnum):
-    """Whether sequential zones must be written in order, or should be; numbers as in VIRTIO."""
-
-    HOST_MANAGED = 1
-    HOST_AWARE = 2
-
-
-class ZoneType(enum.IntEnum):
-    """How a zone may be written; numbers as in VIRTIO."""
-
-    CONVENTIONAL = 1
-    SEQUENTIAL_REQUIRED = 2
-    SEQUENTIAL_PREFERRED = 3
-
-
-class ZoneState(enum.IntEnum):
-    """Where a zone is in its life; numbers as in VIRTIO."""
-
-    NOT_WRITE_POINTER = 0
-    EMPTY = 1
-    IMPLICIT_OPEN = 2
-    EXPLICIT_OPEN = 3
-    CLOSED = 4
-    READ_ONLY = 13
-    FULL = 14
-    OFFLINE = 15
 
 
 @dataclass(frozen=True, slots=True)

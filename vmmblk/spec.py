@@ -34,6 +34,9 @@ __all__ = [
     "PciCapType",
     "RequestType",
     "Status",
+    "ZoneModel",
+    "ZoneState",
+    "ZoneType",
 ]
 
 SECTOR_SIZE = 512
@@ -201,6 +204,34 @@ class RequestType(enum.IntEnum):
     ZONE_FINISH = 22
     ZONE_RESET = 24
     ZONE_RESET_ALL = 26
+
+
+class ZoneModel(enum.IntEnum):
+    """Whether sequential zones must be written in order, or should be ("Zoned Block Device")."""
+
+    HOST_MANAGED = 1
+    HOST_AWARE = 2
+
+
+class ZoneType(enum.IntEnum):
+    """How a zone may be written."""
+
+    CONVENTIONAL = 1
+    SEQUENTIAL_REQUIRED = 2
+    SEQUENTIAL_PREFERRED = 3
+
+
+class ZoneState(enum.IntEnum):
+    """Where a zone is in its life."""
+
+    NOT_WRITE_POINTER = 0
+    EMPTY = 1
+    IMPLICIT_OPEN = 2
+    EXPLICIT_OPEN = 3
+    CLOSED = 4
+    READ_ONLY = 13
+    FULL = 14
+    OFFLINE = 15
 
 
 class Status(enum.IntEnum):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import itertools
 import math
 from dataclasses import dataclass
@@ -22,6 +21,9 @@ from vmmblk.spec import (
     Feature,
     RequestType,
     Status,
+    ZoneModel,
+    ZoneState,
+    ZoneType,
 )
 
 if TYPE_CHECKING:
@@ -34,10 +36,7 @@ __all__ = [
     "ACTIVE",
     "OPEN_STATES",
     "SEQUENTIAL",
-    "Model",
     "Zone",
-    "ZoneState",
-    "ZoneType",
     "Zones",
     "descriptors",
     "expect_same",
@@ -60,38 +59,9 @@ _FILL = 32 << 20
 """Bytes of a zone that is written full, at most."""
 
 
-class Model(enum.IntEnum):
-    """The model of a zoned disk."""
-
-    NONE = 0
-    HOST_MANAGED = 1
-    HOST_AWARE = 2
-
-
-class ZoneType(enum.IntEnum):
-    """How a zone may be written."""
-
-    CONVENTIONAL = 1
-    REQUIRED = 2
-    PREFERRED = 3
-
-
-class ZoneState(enum.IntEnum):
-    """Where a zone is in its life."""
-
-    NOT_WRITE_POINTER = 0
-    EMPTY = 1
-    IMPLICIT_OPEN = 2
-    EXPLICIT_OPEN = 3
-    CLOSED = 4
-    READ_ONLY = 13
-    FULL = 14
-    OFFLINE = 15
-
-
 OPEN_STATES = (ZoneState.IMPLICIT_OPEN, ZoneState.EXPLICIT_OPEN)
 ACTIVE = (*OPEN_STATES, ZoneState.CLOSED)
-SEQUENTIAL = (ZoneType.REQUIRED, ZoneType.PREFERRED)
+SEQUENTIAL = (ZoneType.SEQUENTIAL_REQUIRED, ZoneType.SEQUENTIAL_PREFERRED)
 _FAILED = (ZoneState.READ_ONLY, ZoneState.OFFLINE)
 
 # What brings an empty zone into a state, after a write.
@@ -113,12 +83,12 @@ class Zone(NamedTuple):
     state: int
 
 
-def model(driver: VirtioBlk) -> Model:
+def model(driver: VirtioBlk) -> ZoneModel:
     """The model of the disk.  Raises NotOffered if it is none with zones."""
     found = field(driver, BlkConfig.ZONED_MODEL)
-    if found not in (Model.HOST_MANAGED, Model.HOST_AWARE):
+    if found not in (ZoneModel.HOST_MANAGED, ZoneModel.HOST_AWARE):
         raise NotOffered(f"the zoned model is {found}: the disk has no zones")
-    return Model(found)
+    return ZoneModel(found)
 
 
 def zone_sectors(driver: VirtioBlk) -> int:

@@ -9,9 +9,6 @@ from vmmblk.conform.ranges import DISCARD, segments
 from vmmblk.conform.requests import ask, expect_answer, field
 from vmmblk.conform.zones import (
     ACTIVE,
-    Model,
-    ZoneState,
-    ZoneType,
     expect_same,
     expect_zone,
     model,
@@ -29,6 +26,9 @@ from vmmblk.spec import (
     Feature,
     RequestType,
     Status,
+    ZoneModel,
+    ZoneState,
+    ZoneType,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ OUT, APPEND, REPORT, RESET_ALL = (
 )
 COMMANDS = (RequestType.ZONE_OPEN, RequestType.ZONE_CLOSE, RequestType.ZONE_FINISH, RequestType.ZONE_RESET)
 OK, IOERR, INVALID, UNALIGNED = Status.OK, Status.IOERR, Status.ZONE_INVALID_CMD, Status.ZONE_UNALIGNED_WP
-REQUIRED = (ZoneType.REQUIRED,)
+REQUIRED = (ZoneType.SEQUENTIAL_REQUIRED,)
 _HEADER, _DESCRIPTOR = ZONE_REPORT_HEADER.size, ZONE_DESCRIPTOR.size
 
 
@@ -193,7 +193,7 @@ def read_only_disks_keep_their_zones(target: Target) -> None:
 def discard_leaves_zones(target: Target) -> None:
     """DISCARD of a host-managed disk gets UNSUPP if it is not offered, and changes no zone (HOSTILE-198)."""
     with zoned(target) as z:
-        if model(z.driver) != Model.HOST_MANAGED:
+        if model(z.driver) != ZoneModel.HOST_MANAGED:
             raise NotOffered("the disk is not host-managed")
         zone = z.bring(z.mine[0], ZoneState.IMPLICIT_OPEN)
         answer = ask(z.driver, DISCARD.type, 0, segments((zone.start, z.unit)))

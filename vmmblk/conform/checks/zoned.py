@@ -9,10 +9,7 @@ from vmmblk.conform.requests import ask, expect_answer, field
 from vmmblk.conform.zones import (
     ACTIVE,
     SEQUENTIAL,
-    Model,
     Zone,
-    ZoneState,
-    ZoneType,
     descriptors,
     model,
     report,
@@ -28,6 +25,9 @@ from vmmblk.spec import (
     Feature,
     RequestType,
     Status,
+    ZoneModel,
+    ZoneState,
+    ZoneType,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _REQUESTS = (
 @check(ZONED)
 def host_managed_disks_need_the_feature(target: Target) -> None:
     """A host-managed device refuses FEATURES_OK to a driver that does not accept ZONED (BLK-038)."""
-    if _model(target) != Model.HOST_MANAGED:
+    if _model(target) != ZoneModel.HOST_MANAGED:
         raise NotOffered("the disk is not host-managed")
     with target.driver(start=False) as driver:
         expect(not _negotiate_without(target, driver), "FEATURES_OK stays set without ZONED")
@@ -63,7 +63,7 @@ def host_managed_disks_need_the_feature(target: Target) -> None:
 @check(ZONED)
 def others_hide_the_zones(target: Target) -> None:
     """Other models go on for a driver that does not accept ZONED, with zoned fields that are 0 (BLK-037)."""
-    if _model(target) == Model.HOST_MANAGED:
+    if _model(target) == ZoneModel.HOST_MANAGED:
         raise NotOffered("the disk is host-managed")
     with target.driver(start=False) as driver:
         expect(_negotiate_without(target, driver), "FEATURES_OK is refused without ZONED")
@@ -75,7 +75,7 @@ def others_hide_the_zones(target: Target) -> None:
 def requests_without_the_feature(target: Target) -> None:
     """Without ZONED negotiated each zone request gets UNSUPP (BLK-097, HOSTILE-187)."""
     if target.offers(ZONED):
-        if _model(target) == Model.HOST_MANAGED:
+        if _model(target) == ZoneModel.HOST_MANAGED:
             raise NotTestable("the disk is host-managed: ZONED is always negotiated")
         if not target.options.destructive:
             raise NotTestable("takes --destructive")
@@ -104,16 +104,16 @@ def _negotiate_without(target: Target, driver: VirtioBlk) -> bool:
 @check(ZONED)
 def host_managed_model(target: Target) -> None:
     """Where sequential zones must be written in order the model is 1, host-managed (BLK-040)."""
-    _expect_model(target, ZoneType.REQUIRED, Model.HOST_MANAGED)
+    _expect_model(target, ZoneType.SEQUENTIAL_REQUIRED, ZoneModel.HOST_MANAGED)
 
 
 @check(ZONED)
 def host_aware_model(target: Target) -> None:
     """Where sequential zones should be written in order the model is 2, host-aware (BLK-041)."""
-    _expect_model(target, ZoneType.PREFERRED, Model.HOST_AWARE)
+    _expect_model(target, ZoneType.SEQUENTIAL_PREFERRED, ZoneModel.HOST_AWARE)
 
 
-def _expect_model(target: Target, zone_type: ZoneType, right: Model) -> None:
+def _expect_model(target: Target, zone_type: ZoneType, right: ZoneModel) -> None:
     with target.driver() as driver:
         found = model(driver)
         if not any(zone.type == zone_type for zone in report(driver)):

@@ -10,8 +10,6 @@ from vmmblk.conform.requests import Answer, ask, expect_answer, expect_data, fie
 from vmmblk.conform.zones import (
     SEQUENTIAL,
     Zone,
-    ZoneState,
-    ZoneType,
     expect_same,
     expect_zone,
     model,
@@ -19,7 +17,7 @@ from vmmblk.conform.zones import (
     zone_sectors,
     zoned,
 )
-from vmmblk.spec import SECTOR_SIZE, ZONE_APPEND_SECTOR, BlkConfig, Feature, RequestType, Status
+from vmmblk.spec import SECTOR_SIZE, ZONE_APPEND_SECTOR, BlkConfig, Feature, RequestType, Status, ZoneState, ZoneType
 
 if TYPE_CHECKING:
     from vmmblk.conform.target import Target
@@ -34,7 +32,8 @@ OPEN, CLOSE, FINISH, RESET = (
     RequestType.ZONE_RESET,
 )
 OK, INVALID, UNALIGNED = Status.OK, Status.ZONE_INVALID_CMD, Status.ZONE_UNALIGNED_WP
-REQUIRED, PREFERRED, CONVENTIONAL = (ZoneType.REQUIRED,), (ZoneType.PREFERRED,), (ZoneType.CONVENTIONAL,)
+REQUIRED, PREFERRED = (ZoneType.SEQUENTIAL_REQUIRED,), (ZoneType.SEQUENTIAL_PREFERRED,)
+CONVENTIONAL = (ZoneType.CONVENTIONAL,)
 _APPEND_BYTES = 8 << 20
 """Bytes of an append that carries data of its own, at most."""
 
@@ -205,7 +204,7 @@ def appends_tell_where(target: Target) -> None:
 @check(ZONED, destructive=True)
 def appends_go_to_sequential_zones(target: Target) -> None:
     """An append to a zone that is not one to be written in order gets ZONE_INVALID_CMD (BLK-112)."""
-    with zoned(target, 1, (ZoneType.CONVENTIONAL, ZoneType.PREFERRED)) as z:
+    with zoned(target, 1, (ZoneType.CONVENTIONAL, ZoneType.SEQUENTIAL_PREFERRED)) as z:
         expect_answer(z.append(z.mine[0]), f"an append to a zone of type {z.mine[0].type}", INVALID)
 
 

@@ -11,15 +11,13 @@ from vmmblk.conform.zones import (
     ACTIVE,
     OPEN_STATES,
     SEQUENTIAL,
-    ZoneState,
-    ZoneType,
     expect_same,
     expect_zone,
     limit,
     report,
     zoned,
 )
-from vmmblk.spec import BlkConfig, Feature, RequestType, Status
+from vmmblk.spec import BlkConfig, Feature, RequestType, Status, ZoneState, ZoneType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +43,7 @@ EMPTY, IMPLICIT, EXPLICIT, CLOSED, FULL = (
     ZoneState.FULL,
 )
 OK, NO_OPEN, NO_ACTIVE = Status.OK, Status.ZONE_OPEN_RESOURCE, Status.ZONE_ACTIVE_RESOURCE
-REQUIRED = (ZoneType.REQUIRED,)
+REQUIRED = (ZoneType.SEQUENTIAL_REQUIRED,)
 
 
 def _expect_moves(target: Target, start: ZoneState, end: ZoneState, *kinds: RequestType) -> None:
@@ -231,7 +229,7 @@ def all_are_reset(target: Target) -> None:
 def _expect_full(target: Target, start: ZoneState) -> None:
     with zoned(target) as z:
         (zone,) = z.mine
-        appends = zone.type == ZoneType.REQUIRED and field(z.driver, BlkConfig.MAX_APPEND_SECTORS)
+        appends = zone.type == ZoneType.SEQUENTIAL_REQUIRED and field(z.driver, BlkConfig.MAX_APPEND_SECTORS)
         for kind in (OUT, APPEND) if appends else (OUT,):
             z.bring(zone, start)
             z.fill(zone, kind)
@@ -323,7 +321,7 @@ def writes_open_no_more_than_allowed(target: Target) -> None:
 def _expect_no_resource(z: Zones, another: Zone) -> None:
     expect_answer(z.write(another), "a write for which there is no resource", NO_OPEN, NO_ACTIVE)
     expect_same(z, another, "a write for which there is no resource")
-    if another.type == ZoneType.REQUIRED and field(z.driver, BlkConfig.MAX_APPEND_SECTORS):
+    if another.type == ZoneType.SEQUENTIAL_REQUIRED and field(z.driver, BlkConfig.MAX_APPEND_SECTORS):
         expect_answer(z.append(another), "an append for which there is no resource", NO_OPEN, NO_ACTIVE)
         expect_same(z, another, "an append for which there is no resource")
 
