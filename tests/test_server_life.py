@@ -110,12 +110,13 @@ def test_a_stale_socket_is_replaced(serve: Serve, tmp_path: Path, logs: Logs) ->
 
 def test_a_live_socket_is_refused(serve: Serve, logs: Logs) -> None:
     """A second server on the same socket says that it is in use, and the first goes on."""
-    logs.allow("client was refused")  # the second server knocks
+    logs.expect("a second client was refused")  # the second server knocks
     first = serve()
     with attach(first.path) as v:
         second = Server(first.path, prepare(Memory(64)), ServerOptions())
         with pytest.raises(ConfigError, match="in use by another server: choose another"):
             second.start()
+        logs.wait("a second client was refused")  # while the first is attached: nothing else is said of the knock
         v.write(0, bytes(512))
     works(first.path)
 
