@@ -2,14 +2,18 @@
 
 libvfio-user is looked for in this order: ``LIBVFIO_USER`` (an install prefix or a built source tree), the system, the
 cache that ``qemu-scripts/get-libvfio-user`` fills.  It is linked statically where a static library exists, so that an
-installed wheel runs without it.  ``VMMBLK_WERROR=1`` turns compiler warnings into errors.
+installed wheel runs without it.  ``VMMBLK_WERROR=1`` turns compiler warnings into errors.  What else is needed is
+tried out beforehand, so that what is missing is told in one line, with what to install.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +36,8 @@ VFU_HEADERS = ["vfu.h"]
 VFU_DECLARATIONS = ["vfu.cdef"]
 
 
-class MissingLibrary(Exception):
-    """libvfio-user was not found; the message says what to run."""
+class Missing(Exception):
+    """Something to build with was not found; the message says what to run or to install."""
 
 
 class Library(NamedTuple):  # not a dataclass: hatchling runs this file without making it a module
@@ -81,15 +85,41 @@ def _library_in(place: Path) -> Library | None:
 
 
 def find_libvfio_user() -> Library:
-    """Find libvfio-user.  Raises: MissingLibrary."""
+    """Find libvfio-user.  Raises: Missing."""
     if chosen := os.environ.get("LIBVFIO_USER"):
         if found := _library_in(Path(chosen).expanduser().resolve()):
             return found
-        raise MissingLibrary(f"LIBVFIO_USER={chosen} holds no built libvfio-user: run qemu-scripts/get-libvfio-user")
+        raise Missing(f"LIBVFIO_USER={chosen} holds no built libvfio-user: run qemu-scripts/get-libvfio-user")
     for place in (*SYSTEM, _cache()):
         if found := _library_in(place):
             return found
-    raise MissingLibrary("libvfio-user was not found: run qemu-scripts/get-libvfio-user, or set LIBVFIO_USER")
+    raise Missing("libvfio-user was not found: run qemu-scripts/get-libvfio-user, or set LIBVFIO_USER")
+
+
+def _builds(*arguments: str) -> bool:
+    """Whether the compiler that setuptools will take makes a library of an empty file with ``arguments``."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "empty.c", Path(scratch) / "empty.so"
+        source.touch()
+        command = [*compiler, "-shared", "-fPIC", "-o", str(target), str(source), *arguments]
+        try:
+            return subprocess.run(command, check=False, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
+def _check_packages(library: Library) -> None:
+    """Try out what Debian has packages for.  Raises: Missing."""
+    if not _builds():
+        raise Missing("no C compiler works: install the Debian packages gcc and libc6-dev, or set CC")
+    needs = {
+        "python3-dev": ("-include", "Python.h", f"-I{sysconfig.get_path('include')}"),
+        "liburing-dev": ("-include", "liburing.h", _liburing()),
+        "libjson-c-dev": tuple(library.link[1:]),
+    }
+    if missing := [package for package, arguments in needs.items() if not _builds(*arguments)]:
+        raise Missing(f"to build vmmblk, install what the Debian packages hold: {' '.join(missing)}")
 
 
 def _compile(name: str, declarations: list[str], headers: list[str], sources: list[str], **options: Any) -> Path:
@@ -115,8 +145,9 @@ def _compile(name: str, declarations: list[str], headers: list[str], sources: li
 
 
 def build() -> list[Path]:
-    """Compile both extensions into the package; returns their files.  Raises: MissingLibrary."""
+    """Compile both extensions into the package; returns their files.  Raises: Missing."""
     library = find_libvfio_user()
+    _check_packages(library)
     core = _compile("_core", CORE_DECLARATIONS, CORE_HEADERS, CORE_SOURCES, extra_link_args=[_liburing()])
     where = {"include_dirs": [str(library.include)], "extra_link_args": library.link}
     vfu = _compile("_vfu", VFU_DECLARATIONS, VFU_HEADERS, VFU_SOURCES, **where)
@@ -132,7 +163,7 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             return
         try:
             files = build()
-        except MissingLibrary as error:
+        except Missing as error:
             sys.exit(f"vmmblk: {error}")
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
@@ -142,5 +173,5 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 if __name__ == "__main__":
     try:
         build()
-    except MissingLibrary as error:
+    except Missing as error:
         sys.exit(f"vmmblk: {error}")

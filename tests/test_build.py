@@ -1,7 +1,8 @@
-"""The build: where libvfio-user is looked for, what is said when it is missing, what the extensions need."""
+"""The build: where libvfio-user is looked for, what is said when something is missing, what the extensions need."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,9 +71,34 @@ def test_what_is_said_when_it_is_missing(chosen: str | None, places: Path, monke
     """One line that names the script which gets it."""
     if chosen:
         monkeypatch.setenv("LIBVFIO_USER", str(places / chosen))
-    with pytest.raises(cffi_build.MissingLibrary, match="run qemu-scripts/get-libvfio-user") as caught:
+    with pytest.raises(cffi_build.Missing, match="run qemu-scripts/get-libvfio-user") as caught:
         cffi_build.find_libvfio_user()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "packages"),
+    [
+        ("", "gcc and libc6-dev"),
+        ("Python.h", "python3-dev"),
+        ("liburing.h", "liburing-dev"),
+        ("json-c", "libjson-c-dev"),
+        ("liburing.h*|*Python.h", "python3-dev liburing-dev"),
+    ],
+)
+def test_what_is_said_when_a_package_is_missing(lacks: str, packages: str, tmp_path: Path) -> None:
+    """The build ends with one line that names what to install, and nothing of the compiler's."""
+    prefix = make_prefix(tmp_path / "prefix")
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *{lacks}*) echo error >&2; exit 1; esac\nexec gcc "$@"\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "LIBVFIO_USER": str(prefix), "CC": str(compiler)}
+    command = [sys.executable, str(ROOT / "cffi_build.py")]
+    ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("vmmblk: ")
+    assert ended.stderr.count("\n") == 1
+    assert packages in ended.stderr
 
 
 def test_an_installed_vmmblk_runs_without_the_library() -> None:
