@@ -234,7 +234,7 @@ def test_a_driver_goes_through_the_life_of_a_zone(serve: Serve, sector_size: int
 
 @pytest.mark.parametrize("room", [8, 15, 4096])
 def test_an_append_tells_its_sector_in_the_first_bytes_of_more_room(serve: Serve, room: int) -> None:
-    """Linux gives 15 bytes: the padding of its structure is between append_sector and the status."""
+    """HOSTILE-199: Linux gives 15; the padding of its structure is between append_sector and the status."""
     with attach(serve(zoned()).path) as v:
         v.write(ZONE, b"a" * 512)
         answer = v.call(RequestType.ZONE_APPEND, ZONE, b"b" * 512, room)

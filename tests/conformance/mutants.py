@@ -316,6 +316,14 @@ MUTANTS = [
         "failed zones",
     ),
     Mutant(
+        "HOSTILE-199 an append has room for its sector and nothing else",
+        "vmmblk/request.py",
+        "if writable < ZONE_APPEND_SECTOR.size:",
+        "if writable != ZONE_APPEND_SECTOR.size:",
+        "tests/test_server_zoned.py",
+        "zoned",
+    ),
+    Mutant(
         "BLK-160 a zone that was never written is closed",
         "vmmblk/filters/zone_table.py",
         "self._enter(zone, ZoneState.CLOSED if self._written[zone] else ZoneState.EMPTY)",

@@ -45,6 +45,8 @@ COMMANDS = (RequestType.ZONE_OPEN, RequestType.ZONE_CLOSE, RequestType.ZONE_FINI
 OK, IOERR, INVALID, UNALIGNED = Status.OK, Status.IOERR, Status.ZONE_INVALID_CMD, Status.ZONE_UNALIGNED_WP
 REQUIRED = (ZoneType.SEQUENTIAL_REQUIRED,)
 _HEADER, _DESCRIPTOR = ZONE_REPORT_HEADER.size, ZONE_DESCRIPTOR.size
+_LINUX_ROOM = 15
+"""Bytes before the status of an append: Linux has append_sector and the status at the ends of a padded structure."""
 
 
 @check(ZONED, destructive=True)
@@ -116,6 +118,21 @@ def appends_without_room(target: Target) -> None:
             answer = ask(z.driver, APPEND, zone.start, z.data(), room)
             expect(answer.outcome != OK, f"an append with room for {room} bytes: {answer}")
             expect_same(z, zone, f"an append with room for {room} bytes")
+
+
+@check(ZONED, destructive=True, each_ring=True)
+def appends_with_room(target: Target) -> None:
+    """An append with more room than append_sector, as Linux makes it, tells its sector in the first (HOSTILE-199)."""
+    with zoned(target, 1, REQUIRED) as z:
+        (zone,) = z.mine
+        if not field(z.driver, BlkConfig.MAX_APPEND_SECTORS):
+            raise NotOffered("max_append_sectors is 0: there is no append")
+        for written in (0, 1):
+            answer = ask(z.driver, APPEND, zone.start, z.data(), _LINUX_ROOM)
+            expect_answer(answer, f"an append with room for {_LINUX_ROOM} bytes", OK)
+            (sector,) = ZONE_APPEND_SECTOR.unpack_from(answer.data)
+            right = zone.start + written * z.unit
+            expect(sector == right, f"an append at {right:#x} has {sector:#x} in the first of {_LINUX_ROOM} bytes")
 
 
 @check(ZONED, destructive=True)
