@@ -771,6 +771,7 @@ def test_filters_are_named_on_the_command_line(tmp_path: Path) -> None:
         ("zoned:zone_size=64K,max_append=100", "max_append must be a multiple of 512"),
         ("zoned:zone_size=4T", "less than 2 TiB"),
         ("readonly:hard=yes", "--filter readonly has no parameter hard; it takes none"),
+        ("readonly:block=1", "--filter readonly has no parameter block; it takes none"),
     ],
 )
 def test_mistakes_in_filters_are_told_in_one_line(text: str, complaint: str) -> None:

@@ -17,7 +17,7 @@ import typing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGTPE]?)(?:I?B)?", re.ASCII | re.IGNORECASE)
 _SCHEME = re.compile(r"([a-z][a-z0-9+-]*):(.*)", re.ASCII | re.DOTALL)
+_FILTERS: dict[str, Callable[..., Block]] = {"readonly": ReadOnly, "zoned": Zoned}
 _SWITCH = {"on": True, "yes": True, "true": True, "1": True, "off": False, "no": False, "false": False, "0": False}
 
 
@@ -173,54 +174,20 @@ def _open_python(request: _Request) -> Block:
 def _add_filter(text: str, block: Block, disk: str) -> Block:
     """The filter that ``text`` names, on top of ``block``.  Raises: ConfigError."""
     name, _, params = text.partition(":")
-    known = {"readonly": _readonly, "zoned": _zoned}
-    if name not in known:
-        raise ConfigError(f"there is no filter {name}; there are {', '.join(known)}")
-    add = known[name](asynchronous(block), disk)
+    if name not in _FILTERS:
+        raise ConfigError(f"there is no filter {name}; there are {', '.join(_FILTERS)}")
+    add = _FILTERS[name]
     request = _Request(
         f"--filter {name}", _split(params.split(",") if params else []), read_only=False, block_size=None, lock=False
     )
     try:
-        return add(**_arguments(request, add))
+        arguments = _arguments(request, add)
+        if add is Zoned and "state" not in arguments:
+            arguments["state"] = _beside(disk)
+        return add(asynchronous(block), **arguments)
     except ConfigError as exc:
         message = str(exc)
         raise ConfigError(message if message.startswith("--filter") else f"--filter {name}: {message}") from None
-
-
-def _readonly(block: Block, _disk: str) -> Callable[..., Block]:
-    def readonly() -> Block:
-        return ReadOnly(block)
-
-    return readonly
-
-
-def _zoned(block: Block, disk: str) -> Callable[..., Block]:
-    def zoned(
-        *,
-        zone_size: int,
-        conventional: int = 0,
-        zone_capacity: int = 0,
-        max_open: int = 0,
-        max_active: int = 0,
-        max_append: int = 1 << 20,
-        write_granularity: int = 0,
-        model: Literal["host-managed", "host-aware"] = "host-managed",
-        state: Path | None = None,
-    ) -> Block:
-        return Zoned(
-            block,
-            zone_size=zone_size,
-            conventional=conventional,
-            zone_capacity=zone_capacity,
-            max_open=max_open,
-            max_active=max_active,
-            max_append=max_append,
-            write_granularity=write_granularity,
-            model=model,
-            state=state or _beside(disk),
-        )
-
-    return zoned
 
 
 def _beside(disk: str) -> Path | None:

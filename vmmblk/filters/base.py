@@ -61,7 +61,7 @@ class Filter(Block):
         if 0 < len(forwarded) < len(OFFSET_METHODS):
             raise TypeError(f"{cls.__name__} overrides some methods that take a sector, but not {', '.join(forwarded)}")
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, /) -> None:
         self.block = block
         """The block below, asynchronous."""
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path  # noqa: TC003 - the annotations say what a user may give
 from typing import TYPE_CHECKING, Literal
 
 from vmmblk.block import (
@@ -44,7 +45,6 @@ from vmmblk.filters.zone_table import Piece, ZoneTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
 __all__ = ["Zoned"]
 
@@ -67,6 +67,7 @@ class Zoned(Filter):
     def __init__(
         self,
         block: Block,
+        /,
         *,
         zone_size: int,
         conventional: int = 0,
