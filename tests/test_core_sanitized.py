@@ -80,7 +80,7 @@ def test_the_engine_while_memory_comes_and_goes(tmp_path: Path, sanitizers: list
     Memory, files that never wait, files by io_uring, and files whose transfers are handed over.
     """
     names = ("memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c", "driver.c", "driver_packed.c")
-    sources = [TESTS / "csrc" / "test_engine.c", *(CSRC / name for name in (*names, "engine.c"))]
+    sources = [TESTS / "csrc" / "test_engine.c", *(CSRC / name for name in (*names, "engine.c", "transfer.c"))]
     program = build(tmp_path / "test_engine", sanitizers, *sources, libraries=["-luring"])
     for kind in ("memory", "inline", "uring", "threads"):
         assert run(program, kind, str(rounds)) == "ok\n"
