@@ -436,7 +436,7 @@ def test_a_doorbell_before_driver_ok_consumes_nothing(serve: Serve) -> None:
         device.status = DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER
         v.features = device.features & SUPPORTED
         assert device.accept(v.features)
-        v.queues.append(v._new_queue(0))
+        v.queues.append(v._start_queue(0))
         v._doorbells.append((device.notify_offset(0), 0))
         pending = v.submit(RequestType.IN, 0, data_in=512)
         for _ in range(10):
@@ -998,7 +998,7 @@ def test_a_ring_that_is_filled_without_a_doorbell_after_enable(serve: Serve) -> 
         v = VirtioBlk(connection, memory, start=False)
         v.init()
         v.device.reset_queue(0)
-        queue = v.queues[0] = v._new_queue(0)
+        queue = v.queues[0] = v._start_queue(0)
         pending = v.submit(RequestType.IN, 0, data_in=512)
         queue.publish()
         v.device.set(CommonCfg.QUEUE_SELECT, 0)

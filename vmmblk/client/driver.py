@@ -153,7 +153,7 @@ class VirtioBlk:
             self._size_max = self.config(BlkConfig.SIZE_MAX) or _NO_LIMIT
         self.device.set_config_vector(self.lines.config_vector)
         for index in range(self._queue_count):
-            self.queues.append(self._new_queue(index))
+            self.queues.append(self._start_queue(index))
             notify_id = self.device.notify_id(index) if self.has(Feature.NOTIF_CONFIG_DATA) else index
             self._doorbells.append((self.device.notify_offset(index), notify_id))
         self._generation = self._read_generation()
@@ -183,7 +183,12 @@ class VirtioBlk:
         for key in [key for key in self._pending if key[0] == index]:
             self._pending.pop(key).release(self.memory)
         self.queues[index].close()
-        self.queues[index] = self._new_queue(index)
+        self.queues[index] = self._start_queue(index)
+
+    def new_queue(self, index: int, size: int) -> Virtqueue:
+        """A ring for queue ``index`` in the negotiated format, of which the device knows nothing yet."""
+        layout = PackedQueue if self.has(Feature.RING_PACKED) else SplitQueue
+        return layout(self.memory, index, size, event_idx=self.has(Feature.EVENT_IDX))
 
     def has(self, feature: Feature) -> bool:
         """Whether a feature was negotiated."""
@@ -396,10 +401,8 @@ class VirtioBlk:
 
     # The inside.
 
-    def _new_queue(self, index: int) -> Virtqueue:
-        size = self.device.queue_size(index, self._queue_size)
-        layout = PackedQueue if self.has(Feature.RING_PACKED) else SplitQueue
-        queue = layout(self.memory, index, size, event_idx=self.has(Feature.EVENT_IDX))
+    def _start_queue(self, index: int) -> Virtqueue:
+        queue = self.new_queue(index, self.device.queue_size(index, self._queue_size))
         self.device.start_queue(queue, self.lines.queue_vector(index))
         return queue
 

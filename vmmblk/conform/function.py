@@ -9,19 +9,17 @@ import struct
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmmblk.client.errors import QueueFull
 from vmmblk.client.interrupts import Interrupts
-from vmmblk.client.queue import PackedQueue, SplitQueue, Virtqueue
+from vmmblk.client.queue import SplitQueue, Virtqueue
 from vmmblk.client.wire import IrqIndex, Region
 from vmmblk.conform.check import NotOffered, NotTestable, expect
-from vmmblk.spec import SECTOR_SIZE, CommonCfg, DeviceStatus, Feature, PciCapType, RequestType
+from vmmblk.spec import CommonCfg, DeviceStatus, Feature, PciCapType, RequestType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vmmblk.client.connection import Connection
     from vmmblk.client.driver import VirtioBlk
-    from vmmblk.client.memory import GuestMemory
     from vmmblk.client.pci import MsixCapability, PciDevice
     from vmmblk.client.request import Pending
     from vmmblk.conform.target import Target
@@ -36,11 +34,9 @@ __all__ = [
     "STATUS_INTERRUPT",
     "VENDOR_CFG",
     "Bar",
-    "Snapshot",
     "VirtioCap",
     "Window",
     "any_interrupts",
-    "ask",
     "bars",
     "bring_up",
     "capabilities",
@@ -48,7 +44,6 @@ __all__ = [
     "eventfds",
     "expect_signal",
     "fired",
-    "flood",
     "msix_ranges",
     "negotiate",
     "new_queue",
@@ -73,7 +68,6 @@ _BAR0 = 0x10
 _CAP_ID_VENDOR = 0x09
 _CAP_SIZE = 16
 _EXTRA_SIZES = {PciCapType.NOTIFY_CFG: 4, PciCapType.PCI_CFG: 4, SHARED_MEMORY_CFG: 8}
-_FLOOD, _FLOOD_BYTES = 24, 256 << 10
 _VECTORS_MAX = 16  # how many MSI-X vectors are listened to at once
 
 
@@ -243,10 +237,8 @@ def negotiate(driver: VirtioBlk, mask: int) -> None:
 
 
 def new_queue(driver: VirtioBlk, index: int, size: int | None = None) -> Virtqueue:
-    """A ring for queue ``index`` in its negotiated format, of which the device knows nothing yet."""
-    layout = PackedQueue if driver.has(Feature.RING_PACKED) else SplitQueue
-    size = driver.device.queue_size(index, size)
-    return layout(driver.memory, index, size, event_idx=driver.has(Feature.EVENT_IDX))
+    """A ring for queue ``index``, of ``size`` or as long as the device has it; only the size is told to the device."""
+    return driver.new_queue(index, driver.device.queue_size(index, size))
 
 
 def queue_count(target: Target) -> int:
@@ -282,49 +274,6 @@ def submit(target: Target, driver: VirtioBlk, queue: int = 0) -> Pending:
     pending = driver.submit(RequestType.IN, 0, data_in=target.facts.block_size, queue=queue)
     driver.queues[queue].publish()
     return pending
-
-
-def ask(target: Target, driver: VirtioBlk, queue: int = 0) -> Pending:
-    """Read the first block by way of a queue, rung for in any case.  Raises what ``submit`` and ``wait`` raise."""
-    pending = submit(target, driver, queue)
-    driver.ring_doorbell(queue)
-    driver.wait(pending).result()
-    return pending
-
-
-def flood(target: Target, driver: VirtioBlk, queue: int = 0) -> list[Pending]:
-    """Keep the device busy with long reads on a queue, rung for.  Raises NotTestable on an empty disk."""
-    unit = target.facts.block_size
-    length = min(target.facts.capacity * SECTOR_SIZE, _FLOOD_BYTES) // unit * unit
-    if not length:
-        raise NotTestable("the disk is empty")
-    pendings: list[Pending] = []
-    with contextlib.suppress(QueueFull):
-        pendings.extend(driver.submit(RequestType.IN, 0, data_in=length, queue=queue) for _ in range(_FLOOD))
-    driver.kick(queue, force=True)
-    return pendings
-
-
-class Snapshot:
-    """What guest memory holds in ``areas`` (address and length of each), as it is now."""
-
-    def __init__(self, memory: GuestMemory, areas: Sequence[tuple[int, int]]) -> None:
-        self._memory = memory
-        self._areas = areas
-        self._contents = self._read()
-
-    @staticmethod
-    def areas(queue: Virtqueue, pendings: Sequence[Pending]) -> list[tuple[int, int]]:
-        """What the device may write of a queue and of chains in flight there."""
-        ring = (queue.desc, 16 * queue.size) if isinstance(queue, PackedQueue) else (queue.used, 6 + 8 * queue.size)
-        return [ring, *((each.writable, each.data_in + 1) for each in pendings)]
-
-    def changed(self) -> bool:
-        """Whether any of it has changed since."""
-        return self._read() != self._contents
-
-    def _read(self) -> list[bytes]:
-        return [self._memory.read(iova, length) for iova, length in self._areas]
 
 
 # Interrupts.

@@ -10,7 +10,7 @@ from vmmblk.client.driver import VirtioBlk
 from vmmblk.client.errors import QueueFull
 from vmmblk.client.interrupts import Interrupts
 from vmmblk.client.memory import PAGE, GuestMemory, Range
-from vmmblk.client.queue import Descriptor, PackedQueue, SplitQueue
+from vmmblk.client.queue import Descriptor, SplitQueue
 from vmmblk.conform.check import Broken, NotTestable, expect
 from vmmblk.spec import (
     REQUEST_HEADER,
@@ -116,8 +116,7 @@ def renewed(driver: VirtioBlk, index: int, size: int) -> Virtqueue:
     The memory of the old one, and of what was in flight in it, stays taken.
     """
     old = driver.queues[index]
-    layout = PackedQueue if driver.has(Feature.RING_PACKED) else SplitQueue
-    driver.queues[index] = layout(driver.memory, index, size, event_idx=driver.has(Feature.EVENT_IDX))
+    driver.queues[index] = driver.new_queue(index, size)
     return old
 
 

@@ -21,7 +21,8 @@ from vmmblk.client.queue import Descriptor, SplitQueue
 from vmmblk.client.request import UNSET_STATUS
 from vmmblk.client.wire import Command, HeaderFlag, IrqIndex, IrqSetFlag, Region
 from vmmblk.conform.check import Broken, Harm, NotTestable, check, expect
-from vmmblk.conform.function import Snapshot, ask, bars, flood, negotiate, new_queue, only, plain, ring
+from vmmblk.conform.function import bars, negotiate, new_queue, only, plain, ring
+from vmmblk.conform.steps import answers, areas, busy, served
 from vmmblk.spec import (
     NO_VECTOR,
     REQUEST_HEADER,
@@ -283,7 +284,7 @@ def _next_client(target: Target, after: str, memory: GuestMemory | None = None) 
 
 def _expect_service(target: Target, driver: VirtioBlk, after: str) -> None:
     try:
-        ask(target, driver)
+        served(target, driver)
     except (NeedsReset, StatusError, TimeoutError) as error:
         raise Broken(f"after {after} the device does not serve: {str(error) or type(error).__name__}") from error
     except ConnectionError as error:
@@ -393,7 +394,7 @@ def _start(_: Target, driver: VirtioBlk) -> None:
 
 def _work(target: Target, driver: VirtioBlk) -> None:
     driver.init()
-    flood(target, driver)
+    busy(target, driver)
 
 
 def _reset(target: Target, driver: VirtioBlk) -> None:
@@ -453,12 +454,11 @@ def memory_of_the_dead(target: Target) -> None:
     """Once the next client is served, nothing is written to the memory of one that vanished (HOSTILE-107)."""
     with GuestMemory() as memory:
         with target.driver(memory=memory, features=plain(target), interrupts=Interrupts.POLL) as driver:
-            pendings = flood(target, driver)
-            areas = Snapshot.areas(driver.queues[0], pendings)
+            given = [*answers(busy(target, driver)), *areas(driver.queues[0])]
         with _next_client(target, "a client that vanished with requests in flight") as driver:
-            snapshot = Snapshot(memory, areas)
-            ask(target, driver)
-            if snapshot.changed():
+            before = [memory.read(*piece) for piece in given]
+            served(target, driver)
+            if [memory.read(*piece) for piece in given] != before:
                 raise Harm("memory of a client that is gone was written while the next one was served")
 
 
@@ -491,7 +491,7 @@ def _expect_failure(target: Target, kind: RequestType, flags: DescFlag) -> None:
         expect(status != Status.OK, f"{kind.name} by memory that is gone is completed with OK")
         driver.connection.dma_unmap(_FAR, _MIB)
         driver.init()
-        ask(target, driver)
+        served(target, driver)
 
 
 @check(each_ring=True)
@@ -507,14 +507,14 @@ def elements_beyond_the_file(target: Target) -> None:
         expect(status != Status.OK, "IN to memory beyond the end of the file is completed with OK")
         driver.connection.dma_unmap(_FAR, 4 * _MIB)
         driver.init()
-        ask(target, driver)
+        served(target, driver)
 
 
 @check(each_ring=True)
 def rings_cut_short(target: Target) -> None:
     """With the ring's memory truncated registers answer, and a reset with new memory restores service (HOSTILE-048)."""
     with target.driver(features=plain(target)) as driver, _short_file(driver.memory.size) as fd:
-        ask(target, driver)
+        served(target, driver)
         memory, connection = driver.memory, driver.connection
         memory.unmap_all(connection)
         for piece in memory.layout:
@@ -527,7 +527,7 @@ def rings_cut_short(target: Target) -> None:
         memory.unmap_all(connection)
         memory.map_all(connection)
         driver.init()
-        ask(target, driver)
+        served(target, driver)
 
 
 @contextlib.contextmanager

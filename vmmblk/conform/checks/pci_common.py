@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from vmmblk.client.driver import VirtioBlk
 from vmmblk.client.memory import GuestMemory, Range
 from vmmblk.conform.check import NotOffered, NotTestable, check, expect
-from vmmblk.conform.function import Snapshot, ask, flood, negotiate, new_queue, plain, ring, submit
+from vmmblk.conform.function import negotiate, new_queue, plain, ring, submit
+from vmmblk.conform.steps import Watch, answers, areas, busy, served
 from vmmblk.spec import BLK_CONFIG_SIZE, QUEUE_SIZE_MAX, BlkConfig, CommonCfg, DeviceStatus, Feature
 
 if TYPE_CHECKING:
@@ -142,9 +143,9 @@ def reset_puts_registers_back(target: Target) -> None:
 def reset_ends_before_it_shows(target: Target) -> None:
     """Once the status reads 0 nothing is written for requests that were in flight (PCI-037)."""
     with target.driver() as driver:
-        pendings = flood(target, driver)
+        pendings = busy(target, driver)
         driver.device.reset()
-        snapshot = Snapshot(driver.memory, Snapshot.areas(driver.queues[0], pendings))
+        watch = Watch(driver, ranges=[*areas(driver.queues[0]), *answers(pendings)])
         other = VirtioBlk(
             driver.connection,
             driver.memory,
@@ -153,8 +154,8 @@ def reset_ends_before_it_shows(target: Target) -> None:
             timeout=driver.timeout,
         )
         try:
-            ask(target, other)
-            expect(not snapshot.changed(), "memory of requests from before the reset was written after status read 0")
+            served(target, other)
+            watch.untouched("for requests from before the reset, after status read 0")
         finally:
             other.device.reset()
             other.close()
@@ -204,7 +205,7 @@ def smaller_queues(target: Target) -> None:
             expect(back == size, f"queue_size reads {back} after {size} was written")
     with target.driver(queue_size=sizes[-1]) as driver:
         for _ in range(2 * sizes[-1] + 1):
-            ask(target, driver)
+            served(target, driver)
 
 
 @check()
@@ -276,7 +277,7 @@ def rings_above_4_gib(target: Target) -> None:
     with GuestMemory(size, [Range(_HIGH, size)]) as memory, target.driver(memory=memory) as driver:
         queue = driver.queues[0]
         expect(min(queue.desc, queue.avail, queue.used) >= _HIGH, "the ring was not put where it should be")
-        ask(target, driver)
+        served(target, driver)
 
 
 @check(each_ring=True)
@@ -337,7 +338,7 @@ def queue_reset_reads_0(target: Target) -> None:
 def queue_reset(target: Target) -> None:
     """1 written to queue_reset resets the queue; in the end it and queue_enable read 0 (PCI-054, PCI-056)."""
     with target.driver() as driver:
-        ask(target, driver)
+        served(target, driver)
         driver.device.reset_queue(0)
         enabled = driver.device.get(CommonCfg.QUEUE_ENABLE)
         expect(enabled == 0, f"queue_enable reads {enabled} after a queue reset")
@@ -349,15 +350,15 @@ def queue_reset(target: Target) -> None:
 def queue_reset_ends_before_it_shows(target: Target) -> None:
     """queue_reset reads 1 until nothing more is written for what was in flight in the queue (PCI-055)."""
     with target.driver() as driver:
-        pendings = flood(target, driver)
+        pendings = busy(target, driver)
         driver.device.reset_queue(0)
         old = driver.queues[0]
-        snapshot = Snapshot(driver.memory, Snapshot.areas(old, pendings))
+        watch = Watch(driver, ranges=[*areas(old), *answers(pendings)])
         driver.queues[0] = new_queue(driver, 0)
         driver.device.start_queue(driver.queues[0], driver.lines.queue_vector(0))
         try:
-            ask(target, driver)
-            expect(not snapshot.changed(), "memory of requests from before was written after queue_reset read 0")
+            served(target, driver)
+            watch.untouched("for requests from before, after queue_reset read 0")
         finally:
             old.close()
 
@@ -368,11 +369,11 @@ def queue_starts_anew(target: Target) -> None:
     with target.driver() as driver:
         full = target.facts.queue_size
         for size in (full // 2, full) if full >= 8 else (full, full):
-            ask(target, driver)
+            served(target, driver)
             driver.device.reset_queue(0)
             old = driver.queues[0]
             driver.queues[0] = new_queue(driver, 0, size)
             old.close()
             driver.device.start_queue(driver.queues[0], driver.lines.queue_vector(0))
             for _ in range(min(2 * size, 64) + 1):
-                ask(target, driver)
+                served(target, driver)

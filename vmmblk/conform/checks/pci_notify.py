@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from vmmblk.client.pci import PciDevice
 from vmmblk.conform.check import NotOffered, check, expect
-from vmmblk.conform.function import ask, only, plain, queue_count, submit
+from vmmblk.conform.function import only, plain, queue_count, submit
+from vmmblk.conform.steps import served
 from vmmblk.spec import CommonCfg, Feature, PciCapType
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _expect_service(target: Target, driver: VirtioBlk, rounds: int = _ROUNDS) ->
     queues = range(queue_count(target))
     for index in queues:
         for _ in range(_ROUNDS if index else rounds):
-            ask(target, driver, index)
+            served(target, driver, index)
     pendings = [submit(target, driver, index) for index in queues]
     for index in reversed(queues):
         driver.ring_doorbell(index)

@@ -12,7 +12,6 @@ from vmmblk.conform.check import check, expect
 from vmmblk.conform.function import (
     VirtioCap,
     Window,
-    ask,
     capabilities,
     expect_signal,
     negotiate,
@@ -22,6 +21,7 @@ from vmmblk.conform.function import (
     ring,
     submit,
 )
+from vmmblk.conform.steps import served
 from vmmblk.spec import BlkConfig, CommonCfg, DeviceStatus, IsrStatus, PciCapType
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def a_driver_by_the_window(target: Target) -> None:
     with target.driver(window=True) as driver:
         for _ in range(2):
             for _ in range(3):
-                ask(target, driver)
+                served(target, driver)
             driver.reset()
             driver.init()
 
@@ -176,4 +176,4 @@ def lengths_that_are_none(target: Target) -> None:
         seen = driver.pci.isr.read(0, 1)
         expect(seen & IsrStatus.QUEUE, "a read of a length that is none cleared the ISR")
         driver.poll()
-        ask(target, driver)
+        served(target, driver)
