@@ -100,6 +100,11 @@ class VirtioDevice:
         self.status = DeviceStatus(0)
         self._await(lambda: self.get(CommonCfg.DEVICE_STATUS) == 0, "the device does not end its reset")
 
+    def greet(self) -> None:
+        """Set ACKNOWLEDGE, then DRIVER, as a driver does after a reset."""
+        self.status |= DeviceStatus.ACKNOWLEDGE
+        self.status |= DeviceStatus.DRIVER
+
     @property
     def features(self) -> int:
         """The features that the device offers, as a mask of 64 bits."""

@@ -144,8 +144,7 @@ class VirtioBlk:
         self.reset()
         self.pci.enable()
         self.lines.install(self.pci)
-        self.device.status |= DeviceStatus.ACKNOWLEDGE
-        self.device.status |= DeviceStatus.DRIVER
+        self.device.greet()
         self.features = self.device.features & self.wanted
         if not self.device.accept(self.features):
             raise ProtocolError(f"the device refuses features {self.features:#x} of its own offer")

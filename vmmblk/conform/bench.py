@@ -396,8 +396,7 @@ class Bench:
         self.device.reset()
         self.pci.enable()
         self.lines.install(self.pci)
-        self.device.status |= DeviceStatus.ACKNOWLEDGE
-        self.device.status |= DeviceStatus.DRIVER
+        self.device.greet()
         features &= self.device.features
         expect(self.device.accept(features), f"the device refuses features {features:#x} of its own offer")
         self.device.set(CommonCfg.CONFIG_MSIX_VECTOR, self.lines.config_vector)

@@ -230,8 +230,7 @@ def negotiate(driver: VirtioBlk, mask: int) -> None:
     driver.reset()
     driver.pci.enable()
     driver.lines.install(driver.pci)
-    driver.device.status |= DeviceStatus.ACKNOWLEDGE
-    driver.device.status |= DeviceStatus.DRIVER
+    driver.device.greet()
     driver.features = driver.device.features & mask
     expect(driver.device.accept(driver.features), f"the device refuses features {driver.features:#x} of its own offer")
 

@@ -10,21 +10,22 @@ from vmmblk.client.queue import Descriptor
 from vmmblk.conform.bench import MEMORY, bench
 from vmmblk.conform.check import expect
 from vmmblk.conform.rings import PackedRing, linked
-from vmmblk.spec import DescFlag, Status
+from vmmblk.spec import REQUEST_HEADER, DescFlag, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from vmmblk.conform.bench import Bench, Fate, Parcel
     from vmmblk.conform.target import Target
 
-__all__ = ["RACES", "areas", "expect_no_data", "flip", "pointer", "race"]
+__all__ = ["RACES", "areas", "expect_no_data", "flip", "misaligned", "pointer", "race"]
 
 RACES = 30
 """How often to try to catch the device between two looks."""
 
 _FLIPS = 20000
 _SLACK = 64
+_SHORT = 8
 
 
 def pointer(b: Bench, table: bytes, length: int | None = None) -> list[Descriptor]:
@@ -42,6 +43,21 @@ def areas(b: Bench, size: int) -> list[int]:
             b.memory.allow(start, length + 2 * _SLACK)
         places.append(start + _SLACK)
     return places
+
+
+def misaligned(target: Target, off: Mapping[str, int], *, packed: bool = False) -> None:
+    """Start a ring of which one area, then another, lies ``off`` bytes beside its alignment; told in their order."""
+    for which, (name, by) in enumerate(off.items()):
+        with bench(target, packed=packed, live=False) as b:
+            size = min(b.device.select_queue(0), _SHORT)
+            places = areas(b, size)
+            places[which] += by
+            b.add_ring(size=size, areas=places)
+            b.go()
+            parcel = b.block()
+            fate = b.fate_of(parcel.chain(REQUEST_HEADER.size), parcel)
+            unused = fate.used is None
+            expect(unused or fate.served, f"the {name} lies {by} bytes off its alignment: {fate}")
 
 
 def expect_no_data(

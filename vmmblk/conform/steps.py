@@ -75,8 +75,7 @@ def negotiate(driver: VirtioBlk, features: int | None = None) -> None:
     """From a reset to FEATURES_OK; ``features`` defaults to those that the driver has.  The rings stay, as they are."""
     device = driver.device
     device.reset()
-    device.status |= DeviceStatus.ACKNOWLEDGE
-    device.status |= DeviceStatus.DRIVER
+    device.greet()
     mask = driver.features if features is None else features
     expect(device.accept(mask), f"FEATURES_OK does not stay set for features {mask:#x}")
 

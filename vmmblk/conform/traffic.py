@@ -12,7 +12,7 @@ from vmmblk.conform.bench import bench
 from vmmblk.conform.check import NotOffered, NotTestable, expect
 from vmmblk.conform.rings import linked
 from vmmblk.conform.target import FAR_SECTOR
-from vmmblk.spec import REQUEST_HEADER, DescFlag, RequestType
+from vmmblk.spec import QUEUE_SIZE_MAX, REQUEST_HEADER, DescFlag, RequestType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +32,7 @@ __all__ = [
     "reads_framed",
     "require_storage",
     "served_full",
+    "served_full_of_32768",
     "treadmill",
     "writes_framed",
 ]
@@ -117,6 +118,17 @@ def served_full(b: Bench) -> None:
     expect(back == sorted(names), f"of {ring.size} buffers in flight some came back twice, and others never")
     left = b.memory.read(statuses, ring.size).count(UNSET_STATUS)
     expect(not left, f"{left} of {ring.size} buffers came back without a status")
+
+
+def served_full_of_32768(target: Target, *, packed: bool = False) -> None:
+    """Have the largest queue that there can be served when it is full.  Raises NotOffered if the device has it not."""
+    with bench(target, packed=packed, live=False) as b:
+        size = b.device.select_queue(0)
+        if size != QUEUE_SIZE_MAX:
+            raise NotOffered(f"the queue has {size} descriptors")
+        b.add_ring()
+        b.go()
+        served_full(b)
 
 
 def treadmill(b: Bench) -> Iterator[int]:

@@ -174,8 +174,7 @@ def the_last_word_counts(target: Target) -> None:
     """What driver_feature holds when FEATURES_OK is set is negotiated, whatever it held before (FEAT-009)."""
     with small(target, indirect=True) as driver:
         driver.device.reset()
-        driver.device.status |= DeviceStatus.ACKNOWLEDGE
-        driver.device.status |= DeviceStatus.DRIVER
+        driver.device.greet()
         for mask in (target.facts.offer, driver.features ^ Feature.RING_PACKED.mask & target.facts.offer, 0):
             _write_features(driver, mask)
         expect(driver.device.accept(driver.features), f"features {driver.features:#x} are refused at the second try")
@@ -238,8 +237,7 @@ def no_such_window(target: Target) -> None:
     with small(target) as driver:
         device = driver.device
         device.reset()
-        device.status |= DeviceStatus.ACKNOWLEDGE
-        device.status |= DeviceStatus.DRIVER
+        device.greet()
         _write_features(driver, driver.features)
         device.set(CommonCfg.DEVICE_FEATURE_SELECT, _WORD)
         device.set(CommonCfg.DRIVER_FEATURE_SELECT, _WORD)
@@ -377,8 +375,7 @@ def _write_features(driver: VirtioBlk, mask: int) -> None:
 def _accepts(driver: VirtioBlk, mask: int) -> bool:
     """Reset the device, and tell whether it takes these features."""
     driver.device.reset()
-    driver.device.status |= DeviceStatus.ACKNOWLEDGE
-    driver.device.status |= DeviceStatus.DRIVER
+    driver.device.greet()
     return driver.device.accept(mask)
 
 

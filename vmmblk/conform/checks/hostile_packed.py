@@ -8,7 +8,7 @@ from vmmblk.client.queue import DESCRIPTOR_SIZE
 from vmmblk.client.request import UNSET_STATUS
 from vmmblk.conform.bench import bench
 from vmmblk.conform.check import NotTestable, check, expect
-from vmmblk.conform.hostile import areas, pointer, race
+from vmmblk.conform.hostile import misaligned, pointer, race
 from vmmblk.conform.rings import linked
 from vmmblk.conform.traffic import UNKNOWN_TYPE
 from vmmblk.spec import REQUEST_HEADER, SECTOR_SIZE, DescFlag, Feature, RequestType, Status
@@ -24,7 +24,6 @@ _AT_DESCRIPTOR, _RESERVED = 2, 3
 _TAIL = 12
 _MUCH = 1 << 20
 _ROUNDS, _TRIES = 3, 60
-_AREAS = ("descriptor ring", "driver's event structure", "device's event structure")
 
 
 @check(Feature.RING_PACKED)
@@ -136,17 +135,8 @@ def descriptors_that_change(target: Target) -> None:
 @check(Feature.RING_PACKED)
 def misaligned_areas(target: Target) -> None:
     """A ring that is not aligned is not started, or is served all the same (HOSTILE-060)."""
-    for which, by in ((0, 8), (1, 2), (2, 2)):
-        with bench(target, packed=True, live=False) as b:
-            size = min(b.device.select_queue(0), _SHORT)
-            places = areas(b, size)
-            places[which] += by
-            b.add_ring(size=size, areas=places)
-            b.go()
-            parcel = b.block()
-            fate = b.fate_of(parcel.chain(REQUEST_HEADER.size), parcel)
-            unused = fate.used is None
-            expect(unused or fate.served, f"the {_AREAS[which]} lies {by} bytes off its alignment: {fate}")
+    off = {"descriptor ring": 8, "driver's event structure": 2, "device's event structure": 2}
+    misaligned(target, off, packed=True)
 
 
 @check(Feature.RING_PACKED)

@@ -204,8 +204,7 @@ def enabled_too_early(target: Target) -> None:
     with small(target) as driver:
         device = driver.device
         device.reset()
-        device.status |= DeviceStatus.ACKNOWLEDGE
-        device.status |= DeviceStatus.DRIVER
+        device.greet()
         settings(driver, driver.queues[0])
         device.set(CommonCfg.QUEUE_ENABLE, 1)
         if not device.accept(driver.features):

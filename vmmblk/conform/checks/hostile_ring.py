@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vmmblk.conform.bench import MEMORY, bench
 from vmmblk.conform.check import Harm, check, expect
-from vmmblk.conform.hostile import areas
+from vmmblk.conform.hostile import areas, misaligned
 from vmmblk.conform.rings import SplitRing, linked
 from vmmblk.conform.traffic import UNKNOWN_TYPE, furnished
 from vmmblk.spec import REQUEST_HEADER, SECTOR_SIZE, Feature, RequestType
@@ -153,17 +153,7 @@ def used_area_not_zeroed(target: Target) -> None:
 @check()
 def misaligned_areas(target: Target) -> None:
     """A ring that is not aligned is not started, or is served all the same (HOSTILE-040)."""
-    for which, by in ((0, 8), (1, 1), (2, 2)):
-        with bench(target, live=False) as b:
-            size = min(b.device.select_queue(0), _SHORT)
-            places = areas(b, size)
-            places[which] += by
-            b.add_ring(size=size, areas=places)
-            b.go()
-            parcel = b.block()
-            fate = b.fate_of(parcel.chain(REQUEST_HEADER.size), parcel)
-            unused = fate.used is None
-            expect(unused or fate.served, f"the {_AREAS[which]} lies {by} bytes off its alignment: {fate}")
+    misaligned(target, dict(zip(_AREAS, (8, 1, 2), strict=True)))
 
 
 @check(each_ring=True)

@@ -374,8 +374,7 @@ def clients_that_vanish(target: Target) -> None:
 
 
 def _greet(_: Target, driver: VirtioBlk) -> None:
-    driver.device.status |= DeviceStatus.ACKNOWLEDGE
-    driver.device.status |= DeviceStatus.DRIVER
+    driver.device.greet()
 
 
 def _agree(target: Target, driver: VirtioBlk) -> None:

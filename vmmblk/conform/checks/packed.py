@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vmmblk.client.queue import Descriptor
 from vmmblk.conform.bench import bench
-from vmmblk.conform.check import NotOffered, check, expect
+from vmmblk.conform.check import check, expect
 from vmmblk.conform.rings import AVAIL, USED
 from vmmblk.conform.traffic import (
     data_not_read,
@@ -17,6 +17,7 @@ from vmmblk.conform.traffic import (
     long_chain,
     reads_framed,
     served_full,
+    served_full_of_32768,
     writes_framed,
 )
 from vmmblk.spec import QUEUE_SIZE_MAX, DescFlag, Feature
@@ -264,13 +265,7 @@ def full_queue(target: Target) -> None:
 @check(Feature.RING_PACKED, Feature.INDIRECT_DESC)
 def full_queue_of_32768(target: Target) -> None:
     """A ring of 32768 descriptors is served when it is full (RING-PACKED-003)."""
-    with bench(target, packed=True, live=False) as b:
-        size = b.device.select_queue(0)
-        if size != QUEUE_SIZE_MAX:
-            raise NotOffered(f"the queue has {size} descriptors")
-        b.add_ring()
-        b.go()
-        served_full(b)
+    served_full_of_32768(target, packed=True)
 
 
 @check(Feature.RING_PACKED)

@@ -73,8 +73,7 @@ def mirrored_features_are_refused(target: Target) -> None:
 
 def _greet(device: VirtioDevice) -> None:
     device.reset()
-    device.status |= DeviceStatus.ACKNOWLEDGE
-    device.status |= DeviceStatus.DRIVER
+    device.greet()
 
 
 def _write_window(device: VirtioDevice, window: int, value: int) -> None:

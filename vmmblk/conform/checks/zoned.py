@@ -21,7 +21,6 @@ from vmmblk.spec import (
     ZONE_DESCRIPTOR,
     ZONE_REPORT_HEADER,
     BlkConfig,
-    DeviceStatus,
     Feature,
     RequestType,
     Status,
@@ -93,8 +92,7 @@ def _model(target: Target) -> int:
 def _negotiate_without(target: Target, driver: VirtioBlk) -> bool:
     driver.reset()
     driver.pci.enable()
-    driver.device.status |= DeviceStatus.ACKNOWLEDGE
-    driver.device.status |= DeviceStatus.DRIVER
+    driver.device.greet()
     return driver.device.accept(driver.device.features & target.mask(without=(ZONED,)))
 
 
