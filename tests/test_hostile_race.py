@@ -26,7 +26,7 @@ from vmmblk.spec import DISCARD_SEGMENT, REQUEST_HEADER, DescFlag, DeviceStatus,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from conftest import Served
+    from conftest import Logs, Served
 
     Serve = Callable[..., Served]
     Field = tuple[int, int, list[int]]
@@ -141,8 +141,9 @@ def offer(v: VirtioBlk, page: int, noise: random.Random) -> None:
 
 
 @both
-def test_rings_that_change_while_they_are_served(serve: Serve, features: int) -> None:
+def test_rings_that_change_while_they_are_served(serve: Serve, logs: Logs, features: int) -> None:
     """HOSTILE-026, -027, -059: nothing is written but what may have been named, and after a reset all is well."""
+    logs.allow("guest memory is not shared")  # a doorbell for a ring whose index is 0 again looks like that
     noise = random.Random(4)  # noqa: S311
     served = serve(FullDisk(SECTORS), queues=QUEUES, queue_size=16)
     broken = 0
