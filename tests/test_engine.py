@@ -325,8 +325,9 @@ def test_read_only(serve: Serve, make: Make, kind: str, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["file", "tmpfs", "direct"])
-def test_a_file_that_was_cut(serve: Serve, make: Make, kind: str, engine: str) -> None:
+def test_a_file_that_was_cut(serve: Serve, logs: Logs, make: Make, kind: str, engine: str) -> None:
     """Reading what is gone, or half gone, is an error; what is there is read."""
+    logs.expect("the disk fails: ")
     disk = make(kind)
     served = serve(disk, engine=engine)
     with attach(served.path) as v:
@@ -351,8 +352,9 @@ def files_no_longer_than(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["file", "tmpfs", "direct"])
-def test_a_write_that_fails(serve: Serve, make: Make, kind: str, engine: str, cache: str) -> None:
+def test_a_write_that_fails(serve: Serve, logs: Logs, make: Make, kind: str, engine: str, cache: str) -> None:
     """The guest is told, others go on, and the disk knows of what write-through lost (BLK-071)."""
+    logs.expect("the disk fails: .*File too large")
     disk = make(kind)
     failures: list[OSError] = []
     disk._write_failed = failures.append  # type: ignore[attr-defined]

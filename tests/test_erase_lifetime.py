@@ -310,6 +310,7 @@ def test_without_the_features_both_are_unsupported(serve: Serve) -> None:
 
 def test_a_disk_that_fails_to_tell_its_wear(serve: Serve, logs: Any) -> None:
     """An error of the disk is an I/O error for the guest."""
+    logs.expect("the disk fails: .*no answer")
     disk = Worn()
     disk.worn = OSError(errno.EIO, "no answer")
     with attach(serve(disk).path) as v, pytest.raises(StatusError) as caught:

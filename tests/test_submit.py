@@ -121,6 +121,7 @@ def test_more_than_a_batch_is_several(serve: Serve) -> None:
 def test_each_transfer_fails_by_itself(serve: Serve, logs: Logs) -> None:
     """With the status of its own error; a bug is told in the log."""
     logs.expect("the disk raised ValueError")
+    logs.expect("the disk fails: .*broken")
     disk = Batches()
     disk.fails = {
         1: Unknown("bad"),

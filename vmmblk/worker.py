@@ -186,6 +186,7 @@ class Worker:
         self._watched: set[Queue] = set()  # while looking: their doorbells may be off
         self._found = self._slept_since = 0  # when, in nanoseconds
         self._bug_log = LogBudget()
+        self._failure_log = LogBudget(burst=1, seconds=60.0)
         self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
         self._zoned = block if isinstance(block, SupportsZones) and Operation.ZONES in operations(block) else None
@@ -453,6 +454,9 @@ class Worker:
     def _judge(self, failure: BaseException) -> Status:
         if isinstance(failure, (BadRequest, BlockError, OSError)):  # the guest or the disk: quiet
             log.debug("a request failed: %s", failure)
+            if isinstance(failure, OSError):
+                message = "the disk fails: %s; the guest gets I/O errors until that is mended"
+                self._failure_log.log(log, logging.WARNING, message, failure)
             return self._status_of(failure)
         self._report_bug(failure)
         return status_of(failure)

@@ -188,7 +188,7 @@ class File(Block):
         while missing:
             done = call(self._fd, pending[:IOV_MAX], offset, *flags)
             if done == 0:
-                raise Unknown("the file has become shorter since it was opened")
+                raise OSError(errno.EIO, "the file has become shorter since it was opened")
             offset += done
             missing -= done
             if missing:
