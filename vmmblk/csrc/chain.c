@@ -75,7 +75,7 @@ static void add_data(struct walk *w, uint64_t iova, uint64_t len, bool write)
 	if (w->chain->flags & VMM_CHAIN_UNREACHABLE)
 		return;		/* nobody will look at the data, and a walk over many regions takes long */
 	while (len) {
-		struct vmm_region *r = vmm_region_find(w->m, iova);
+		struct vmm_region *r = vmm_region_near(w->q, iova);
 		if (!r || !r->addr || (r->prot & prot) != prot) {
 			unreachable(w, r);
 			return;
@@ -96,7 +96,7 @@ static void copy_header(struct walk *w, uint64_t iova, uint64_t len)
 
 	w->chain->header_len += (uint32_t)len;	/* what cannot be reached stays zero */
 	while (len) {
-		struct vmm_region *r = vmm_region_find(w->m, iova);
+		struct vmm_region *r = vmm_region_near(w->q, iova);
 		if (!r || !r->addr || !(r->prot & PROT_READ)) {
 			unreachable(w, r);
 			return;
@@ -117,7 +117,8 @@ static void add_readable(struct walk *w, uint64_t iova, uint32_t len)
 	if (head > len)
 		head = len;
 	copy_header(w, iova, head);
-	add_data(w, iova + head, len - head, false);
+	if (len > head)
+		add_data(w, iova + head, len - head, false);
 }
 
 static void add_writable(struct walk *w, uint64_t iova, uint32_t len)
@@ -128,9 +129,19 @@ static void add_writable(struct walk *w, uint64_t iova, uint32_t len)
 	}
 	if (!len)
 		return;
-	add_data(w, w->held_iova, w->held_len, true);
+	if (w->held_len)
+		add_data(w, w->held_iova, w->held_len, true);
 	w->held_iova = iova;
 	w->held_len = len;
+}
+
+/* Field by field: that is several times as fast as to zero it whole, and first is told when there is one. */
+void vmm_chain_begin(struct vmm_chain *c)
+{
+	c->flags = c->error = c->header_len = 0;
+	memset(c->header, 0, sizeof(c->header));
+	c->readable_segs = c->writable_segs = 0;
+	c->readable = c->writable = 0;
 }
 
 /* The last writable byte is the status; what comes before it in its element is data. */
@@ -144,10 +155,11 @@ void vmm_chain_finish(struct walk *w)
 	s->has_status = false;
 	if (w->held_len) {
 		s->status_iova = w->held_iova + w->held_len - 1;
-		add_data(w, w->held_iova, w->held_len - 1, true);
-		s->has_status = !vmm_wraps(w->held_iova, w->held_len) && vmm_translate(w->m, s->status_iova, 1, PROT_WRITE);
+		if (w->held_len > 1)
+			add_data(w, w->held_iova, w->held_len - 1, true);
+		s->has_status = !vmm_wraps(w->held_iova, w->held_len) && vmm_region_reach(vmm_region_near(w->q, s->status_iova), s->status_iova, 1, PROT_WRITE);
 		if (!s->has_status)
-			unreachable(w, vmm_region_find(w->m, s->status_iova));
+			unreachable(w, vmm_region_near(w->q, s->status_iova));
 	}
 	if (!s->has_status)
 		c->flags |= VMM_CHAIN_NO_STATUS;
@@ -179,7 +191,8 @@ bool vmm_chain_add(struct walk *w, const struct desc *d)
 bool vmm_chain_table_entry(struct walk *w, uint64_t table, uint32_t index, struct desc *d)
 {
 	uint64_t offset = 16ull * index;
-	void *p = offset > UINT64_MAX - table ? NULL : vmm_translate(w->m, table + offset, 16, PROT_READ);
+	uint64_t at = table + offset;
+	void *p = at < table ? NULL : vmm_region_reach(vmm_region_near(w->q, at), at, 16, PROT_READ);
 
 	if (!p)
 		return false;

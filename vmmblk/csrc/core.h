@@ -3,7 +3,7 @@
  *
  * Everything here faces a hostile driver and a hostile VMM.  The rules:
  *   - guest memory is read once into a private copy, the copy is checked, the copy is used;
- *   - a guest address becomes a host address only through vmm_translate();
+ *   - a guest address becomes a host address only through vmm_translate(), or what chain.c does with vmm_region_near();
  *   - no cached translation outlives a change of the memory map (the map's generation tells).
  *
  * Threads.  One thread per queue pops and completes; the transport thread maps, unmaps, pauses and orphans.  Each
@@ -162,6 +162,7 @@ struct vmm_queue {
 	uint32_t in_flight, orphans, untold;
 	uint32_t notifying;		/* completers on their way to the interrupt sink */
 	uint32_t segs_in_flight;
+	uint32_t near;			/* number of the region in which something was found last: only a guess */
 	uint64_t generation;		/* of the memory map that the areas below were translated with */
 	struct area desc, driver, used;
 	uint16_t next_avail, next_used;	/* positions, as the format counts them */
@@ -195,6 +196,7 @@ void vmm_sigbus_install(void);
 uint32_t vmm_sigbus_holes(void);
 bool vmm_memory_holed(const struct vmm_memory *m);
 struct vmm_region *vmm_region_find(struct vmm_memory *m, uint64_t iova);
+uint8_t *vmm_region_reach(const struct vmm_region *r, uint64_t iova, uint64_t len, int prot);
 uint8_t *vmm_translate(struct vmm_memory *m, uint64_t iova, uint64_t len, int prot);
 int vmm_memory_map(struct vmm_memory *m, uint64_t iova, uint64_t size, uint64_t vaddr, uint64_t map_base,
 		   uint64_t map_len, uint64_t page_size, uint32_t prot, struct vmm_alias *out);

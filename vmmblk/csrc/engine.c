@@ -91,8 +91,11 @@ static int serve_lane(struct io_thread *t, struct vmm_lane *l, bool arm)
 	struct vmm_completion done[BATCH];
 	int completed = 0, n = pop_or_tell(l, chains, arm);
 
-	for (int i = 0; i < n; i++)
+	for (int i = 0; i < n; i++) {
+		if (i + 1 < n)
+			transfer_expect(t->engine, &chains[i + 1]);
 		completed += transfer_serve(t, l, &chains[i], &done[completed]) == DONE;
+	}
 	if (completed)
 		vmm_queue_complete(l->queue, done, completed);
 	return n;

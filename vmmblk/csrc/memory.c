@@ -133,15 +133,19 @@ struct vmm_region *vmm_region_find(struct vmm_memory *m, uint64_t iova)
 	return iova - r->iova < r->size ? r : NULL;
 }
 
-/* The host address of [iova, iova + len) if it lies in one region that allows prot, else NULL. */
-uint8_t *vmm_translate(struct vmm_memory *m, uint64_t iova, uint64_t len, int prot)
+/* The host address of [iova, iova + len) if it lies in r, which holds iova or is NULL, and r allows prot; else NULL. */
+uint8_t *vmm_region_reach(const struct vmm_region *r, uint64_t iova, uint64_t len, int prot)
 {
-	struct vmm_region *r = vmm_region_find(m, iova);
-
 	if (!r || !r->addr || (r->prot & (uint32_t)prot) != (uint32_t)prot)
 		return NULL;
 	uint64_t offset = iova - r->iova;
 	return len <= r->size - offset ? r->addr + offset : NULL;
+}
+
+/* The same for the region that holds iova. */
+uint8_t *vmm_translate(struct vmm_memory *m, uint64_t iova, uint64_t len, int prot)
+{
+	return vmm_region_reach(vmm_region_find(m, iova), iova, len, prot);
 }
 
 /* Whether anonymous memory had to stand in for some of what the guest and we share. */

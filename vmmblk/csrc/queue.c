@@ -134,9 +134,9 @@ static struct slot *slot_of(struct vmm_queue *q, uint32_t token)
 static int take_chain(struct vmm_queue *q, struct vmm_chain *chain)
 {
 	struct slot *s = &q->slots[q->free_slot];
-	struct walk w = { .q = q, .m = &q->device->memory, .slot = s, .chain = chain };
+	struct walk w = { .q = q, .slot = s, .chain = chain };
 
-	*chain = (struct vmm_chain){ .flags = 0 };
+	vmm_chain_begin(chain);
 	int error = q->format->take(&w);
 	if (error) {
 		s->nr_segs = 0;
@@ -155,9 +155,14 @@ static int take_chain(struct vmm_queue *q, struct vmm_chain *chain)
 
 /* ---- completing ------------------------------------------------------------------------------------------------- */
 
+static uint8_t *status_of(struct vmm_queue *q, const struct slot *s)
+{
+	return vmm_region_reach(vmm_region_near(q, s->status_iova), s->status_iova, 1, PROT_WRITE);
+}
+
 static uint32_t put_status(struct vmm_queue *q, const struct slot *s, uint32_t status, uint32_t written)
 {
-	uint8_t *p = s->has_status ? vmm_translate(&q->device->memory, s->status_iova, 1, PROT_WRITE) : NULL;
+	uint8_t *p = s->has_status ? status_of(q, s) : NULL;
 
 	if (!p)
 		return 0;
@@ -202,7 +207,7 @@ static bool tell_orphan(struct vmm_queue *q, const struct slot *s, bool *told)
 		return true;
 	if (q->pause & (VMM_PAUSE_QUIESCE | VMM_PAUSE_RESET | VMM_PAUSE_BUS_MASTER))
 		return false;
-	if (!areas_found(q) || (s->has_status && !vmm_translate(&q->device->memory, s->status_iova, 1, PROT_WRITE)))
+	if (!areas_found(q) || (s->has_status && !status_of(q, s)))
 		return false;
 	*told |= q->format->put_used(q, s, put_status(q, s, STATUS_IOERR, 0));
 	return true;

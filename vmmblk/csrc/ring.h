@@ -27,7 +27,6 @@ struct desc {
 /* Where the walk over one chain stands. */
 struct walk {
 	struct vmm_queue *q;
-	struct vmm_memory *m;
 	struct slot *slot;
 	struct vmm_chain *chain;
 	bool writable;			/* a device-writable element was seen */
@@ -60,6 +59,7 @@ struct vmm_ring_format {
 extern const struct vmm_ring_format vmm_split_format, vmm_packed_format;
 
 /* chain.c */
+void vmm_chain_begin(struct vmm_chain *c);
 uint32_t vmm_chain_limit(const struct vmm_queue *q);
 bool vmm_chain_add(struct walk *w, const struct desc *d);
 void vmm_chain_finish(struct walk *w);
@@ -74,6 +74,23 @@ static inline void copy_desc(struct desc *d, const void *from, bool packed)
 	memcpy(&raw, from, sizeof(raw));
 	atomic_signal_fence(memory_order_seq_cst);
 	*d = (struct desc){ le64toh(raw.addr), le32toh(raw.len), le16toh(raw.tail[packed]), le16toh(raw.tail[!packed]) };
+}
+
+/*
+ * As vmm_region_find().  Most of what one chain names lies in the region where the last thing was, so that is looked at
+ * first; a guess that is out of date finds another region or none, never a wrong one.
+ */
+static inline struct vmm_region *vmm_region_near(struct vmm_queue *q, uint64_t iova)
+{
+	struct vmm_memory *m = &q->device->memory;
+	struct vmm_region *r = &m->regions[q->near];
+
+	if (q->near < m->count && iova - r->iova < r->size)
+		return r;
+	r = vmm_region_find(m, iova);
+	if (r)
+		q->near = (uint32_t)(r - m->regions);
+	return r;
 }
 
 /* The host address of len bytes at an offset in an area. */

@@ -68,6 +68,7 @@ static inline uint64_t now_ns(void)
 
 enum fate { DONE, UNDER_WAY, HANDED_OVER };
 
+void transfer_expect(const struct vmm_engine *e, const struct vmm_chain *c);
 enum fate transfer_serve(struct io_thread *t, struct vmm_lane *l, const struct vmm_chain *c,
 			 struct vmm_completion *done);
 int transfer_make_ring(struct io_thread *t);
