@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.cells import Cell, Subject
     from vmmblk.client.bench import Outcome
 
-__all__ = ["Sample", "cost", "guestless", "image", "machine"]
+__all__ = ["Sample", "conditions", "cost", "guestless", "image", "machine", "served", "warm"]
 
 Sample = dict[str, Any]
 
@@ -40,8 +40,8 @@ _WRITE = {"randwrite": True, "randread": False}
 
 
 @contextlib.contextmanager
-def image(folder: Path, size: int) -> Iterator[Path]:
-    """A file without holes, on the disk and in the page cache; it is removed afterwards."""
+def image(folder: Path, size: int, *, cached: bool = True) -> Iterator[Path]:
+    """A file without holes, on the disk and, if ``cached``, in the page cache; it is removed afterwards."""
     handle, name = tempfile.mkstemp(prefix="vmmblk-bench-", dir=folder)
     path = Path(name)
     try:
@@ -50,9 +50,19 @@ def image(folder: Path, size: int) -> Iterator[Path]:
                 file.write(os.urandom(_CHUNK))
             file.flush()
             os.fsync(file.fileno())
+            if not cached:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         yield path
     finally:
         path.unlink()
+
+
+def warm(path: Path) -> None:
+    """Read all of a file, so that it is in the page cache whatever happened since it was written."""
+    piece = bytearray(_CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(piece):
+            pass
 
 
 @contextlib.contextmanager
@@ -80,8 +90,16 @@ def guestless(subject: Subject, file: Path | None, size: int, seconds: float) ->
         if file is None:
             _fill(path, size)
         for cell in subject.cells:
+            _warm(subject, file)
             sample = _driven(path, cell, seconds)
+            _warm(subject, file)
             yield {"subject": subject.name, **asdict(cell), **sample, **_limit(subject, cell, file, size, seconds)}
+
+
+def _warm(subject: Subject, file: Path | None) -> None:
+    """Before everything that works on a cached file: a hypervisor may take pages back at any time."""
+    if file is not None and not subject.direct:
+        warm(file)
 
 
 def _fill(path: Path, size: int) -> None:
@@ -198,13 +216,20 @@ def machine(folders: Sequence[Path]) -> dict[str, str]:
         "kernel": kernel.release,
         "Python": sys.version.split()[0],
         "fio": _said("fio", "--version"),
-        "vmmblk": _said("git", "describe", "--always", "--dirty"),
         "file systems": ", ".join(
             f"{name} {_file_system(folder)}" for name, folder in zip(("file", "tmpfs"), folders, strict=True)
         ),
-        "load before": " ".join(f"{each:.2f}" for each in os.getloadavg()),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def conditions() -> dict[str, str]:
+    """When something is measured, and of what state of the sources."""
+    return {
+        "vmmblk": _said("git", "describe", "--always", "--dirty"),
+        "begun": time.strftime("%Y-%m-%d %H:%M"),
+        "load before": " ".join(f"{each:.2f}" for each in os.getloadavg()),
+    }
 
 
 def _file_system(folder: Path) -> str:

@@ -7,10 +7,10 @@ where both sides were measured one right after the other, and then treated alike
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cells import Cell
+from benchmarks.cells import BOTH, COSTED, GUEST_CELLS, PARTS, Cell, GuestCell, Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,16 +26,28 @@ _HEAD = """\
 
 `benchmarks/run` has written this page; do not edit it. What is explained here stands in `benchmarks/notes.md`.
 
-Each figure is the median of {rounds} rounds, with the least and the most of them in brackets. A round measures
-everything once, for {seconds:g} s each, and each limit of the machine right after what it limits: ratios are taken
-within a round. Disks have {size} MiB. The driver takes a processor for each queue, looking for completions all the
-time; the server takes what its engine takes.
+Each figure is the median of the rounds, with the least and the most of them in brackets. A round measures everything
+once, and each limit of the machine right after what it limits: ratios are taken within a round.
 """
 
 _LIMITS = """\
-The limit is one thread's memcpy between buffers and memory of the disk's size for RAM, and fio's io_uring engine on the
-same file for files; both with one queue. CPU is microseconds of the server's processor time for each request.
+The driver takes a processor for each queue, looking for completions all the time; the server takes what its engine
+takes. The limit is one thread's memcpy between buffers and memory of the disk's size for RAM, and fio's io_uring engine
+on the same file for files; both with one queue. Unless it says direct=on, a file is in the page cache when a
+measurement begins. CPU is microseconds of the server's processor time for each request.
+
+Depth, size and queues vary each by itself, while the others stand at depth 32, 4 KiB and one queue.
 """
+
+_GUEST = """\
+IOPS that fio (io_uring, direct) sees in one guest with all disks at once, each on an image of its own of 256 MiB at
+most. They are measured one right after the other, and who comes first changes from round to round. Past the page cache
+is `direct=on` of vmmblk and `cache=none` of QEMU; through it is how vmmblk opens a file unless told otherwise, and
+`cache=writeback` of QEMU. QEMU's own virtio-blk has an iothread and `aio=io_uring`, and so has the storage daemon. The
+depth is fio's; each job is measured for twice the seconds of the other parts.
+"""
+
+_MODES = {True: "past the page cache", False: "through the page cache"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +55,12 @@ class Run:
     """What was measured, as the raw file has it."""
 
     machine: dict[str, str]
-    settings: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+    """How and when each part was measured."""
     samples: list[Sample]
     costs: list[Sample]
     guest: list[Sample]
-    """Of fio in guests: not measured yet."""
+    """Of fio in the guest."""
 
     def values(self, subject: str, cell: Cell, key: str) -> list[float]:
         """A figure of one cell in every round that has it; "ratio" is the one to the limit."""
@@ -58,6 +71,17 @@ class Run:
         """A figure of a server's cost in every round."""
         return [each[key] for each in self.costs if each["subject"] == subject]
 
+    def guest_rates(self, server: Server, cell: GuestCell, *, direct: bool) -> dict[int, float]:
+        """Requests per second that fio saw in the guest, by round."""
+        key = {"server": server, "direct": direct, **asdict(cell)}
+        return {each["round"]: each["iops"] for each in self.guest if key.items() <= each.items()}
+
+    def guest_ratios(self, peer: Server, cell: GuestCell, *, direct: bool) -> list[float]:
+        """Those of vmmblk to those of a peer, in every round that has both."""
+        ours = self.guest_rates(Server.VMMBLK, cell, direct=direct)
+        theirs = self.guest_rates(peer, cell, direct=direct)
+        return [rate / theirs[number] for number, rate in ours.items() if theirs.get(number)]
+
     def cells(self, subject: str) -> list[Cell]:
         """The cells that were measured, in their order."""
         return list(dict.fromkeys(_cell(each) for each in self.samples if each["subject"] == subject))
@@ -65,16 +89,19 @@ class Run:
 
 def page(run: Run, subjects: Sequence[Subject], plots: Sequence[tuple[str, str]], notes: str = "") -> str:
     """The page; ``plots`` are title and path of each."""
-    settings = run.settings
-    parts = [_HEAD.format(rounds=settings["rounds"], seconds=settings["seconds"], size=settings["size"] >> 20)]
-    parts += ["## The machine", _table(["", ""], run.machine.items())]
-    parts += ["## What was to be reached", _table(["", "wanted", "measured", ""], _verdicts(run))]
+    parts = [_HEAD, "## The machine", _table(["", ""], run.machine.items()), _conditions(run)]
+    parts += ["## What was to be reached", *_verdicts(run)]
     parts += [notes.strip()] if notes.strip() else []
     parts += ["## Without a guest", _LIMITS]
     parts += [f"![{title}]({path})" for title, path in plots]
     for subject in subjects:
         if run.cells(subject.name):
             parts += [f"### {subject.title}", _disk(run, subject.name)]
+    if run.guest:
+        parts += ["## In a guest", _GUEST]
+        parts += [
+            part for direct, mode in _MODES.items() for part in (f"### {mode.capitalize()}", _guest(run, direct=direct))
+        ]
     parts += ["## What a server costs", _costs(run, subjects)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -103,39 +130,86 @@ class _Target:
     def row(self) -> list[str]:
         """What was wanted, what there is, and by how much it is missed."""
         wanted = f"{'at least' if self.at_least else 'below'} {self.told(self.wanted)}"
+        return [self.title, wanted, _told(self.values, self.told) or "not measured", self.verdict()]
+
+    def verdict(self) -> str:
+        """Whether the median reaches it, or by which part of what is wanted not."""
         if not self.values:
-            return [self.title, wanted, "not measured", ""]
-        median = statistics.median(self.values)
-        reached = median >= self.wanted if self.at_least else median < self.wanted
-        return [self.title, wanted, _told(self.values, self.told), "met" if reached else f"{median / self.wanted:.2f}x"]
+            return ""
+        by = (1 if self.at_least else -1) * (1 - statistics.median(self.values) / self.wanted)
+        return f"**missed by {_short(100 * by)} %**" if by > 0 or (by == 0 and not self.at_least) else "met"
 
 
-def _verdicts(run: Run) -> list[list[str]]:
-    return [target.row() for target in _targets(run)]
+def _verdicts(run: Run) -> list[str]:
+    """How many are met, and each."""
+    targets = list(_targets(run))
+    met = sum(target.verdict() == "met" for target in targets)
+    measured = sum(bool(target.values) for target in targets)
+    count = f"{met} of {len(targets)} are met" + f", {measured - met} missed" * (measured > met)
+    count += f", {len(targets) - measured} not measured" * (measured < len(targets))
+    return [f"{count}.", _table(["", "wanted", "measured", ""], (target.row() for target in targets))]
 
 
 def _targets(run: Run) -> Iterator[_Target]:
-    yield _Target("null, busy polling, depth 32", 8e6, _rate, run.values("null-busy", Cell(), "iops"))
-    for rw in ("randread", "randwrite"):
+    for rw in BOTH:
+        yield _Target(f"null, busy polling, {rw}, depth 32", 8e6, _rate, run.values("null-busy", Cell(rw), "iops"))
+    for rw in BOTH:
         yield _Target(f"RAM, {rw}, depth 32, of memcpy", 0.85, _ratio, run.values("ram", Cell(rw), "ratio"))
-    yield _Target("RAM, randread, depth 1", 0.8e6, _rate, run.values("ram", Cell(iodepth=1), "iops"))
-    for name, title in (("tmpfs", "file on tmpfs"), ("file", "file")):
-        for cell in (
-            Cell(rw, size, depth) for rw in ("randread", "randwrite") for size in (4096, 128 << 10) for depth in (1, 32)
-        ):
+    for rw in BOTH:
+        yield _Target(f"RAM, {rw}, depth 1", 0.8e6, _rate, run.values("ram", Cell(rw, iodepth=1), "iops"))
+    for name, title in (("tmpfs", "file on tmpfs"), ("file", "file"), ("direct", "file, direct=on")):
+        for cell in (Cell(rw, size, depth) for rw in BOTH for size in (4096, 128 << 10) for depth in (1, 32)):
             what = f"{title}, {cell.rw}, {size_text(cell.block_size)}, depth {cell.iodepth}, of fio"
             yield _Target(what, 0.9, _ratio, run.values(name, cell, "ratio"))
-    yield _Target("Python, depth 32", 250e3, _rate, run.values("python", Cell(), "iops"))
-    yield _Target("Python, submit, depth 32", 400e3, _rate, run.values("python-submit", Cell(), "iops"))
-    yield _Target("Python, busy polling, depth 1", 100e3, _rate, run.values("python-busy", Cell(iodepth=1), "iops"))
-    yield _Target("idle, of a processor", 0.005, _percent, run.cost_values("null", "idle_attached"), at_least=False)
-    yield _Target(
-        "memory beside the disk", 60 << 20, _memory, run.cost_values("null", "rss_anon_bytes"), at_least=False
-    )
-    yield _Target("start to first request", 0.3, _seconds, run.cost_values("null", "first_request_s"), at_least=False)
+    for name, title, depth, wanted in (
+        ("python", "Python", 32, 250e3),
+        ("python-submit", "Python, submit", 32, 400e3),
+        ("python-busy", "Python, busy polling", 1, 100e3),
+    ):
+        for rw in BOTH:
+            values = run.values(name, Cell(rw, iodepth=depth), "iops")
+            yield _Target(f"{title}, {rw}, depth {depth}", wanted, _rate, values)
+    for direct, mode in _MODES.items():
+        for job in GUEST_CELLS:
+            what = f"guest, {mode}, {_job(job)}, of QEMU's own virtio-blk"
+            yield _Target(what, 1, _ratio, run.guest_ratios(Server.QEMU, job, direct=direct))
+    for key, title, wanted, told in (
+        ("idle_attached", "idle, of a processor", 0.005, _percent),
+        ("rss_anon_bytes", "memory beside the disk", 60 << 20, _memory),
+        ("first_request_s", "start to first request", 0.3, _seconds),
+    ):
+        for name in COSTED:
+            yield _Target(f"{name}, {title}", wanted, told, run.cost_values(name, key), at_least=False)
 
 
 # Tables.
+
+
+def _conditions(run: Run) -> str:
+    """How and when the parts were measured: they may be of several runs."""
+    keys = ("rounds", "seconds", "size", "vmmblk", "begun", "load before")
+    told = {"size": size_text, "seconds": "{:g}".format}
+    rows = [[name, *(told.get(key, str)(run.parts[name][key]) for key in keys)] for name in PARTS if name in run.parts]
+    return _table(["", *keys], rows)
+
+
+def _guest(run: Run, *, direct: bool) -> str:
+    """Every job, with the ratios to each peer; of the rounds' ratios, all."""
+    peers = [server for server in Server if server is not Server.VMMBLK]
+    rows = []
+    for cell in GUEST_CELLS:
+        rates = [list(run.guest_rates(server, cell, direct=direct).values()) for server in Server]
+        row = [_job(cell), *(_told(found, _rate) for found in rates)]
+        for peer in peers:
+            ratios = run.guest_ratios(peer, cell, direct=direct)
+            row += [_told(ratios, _ratio), " ".join(f"{ratio:.2f}" for ratio in ratios)]
+        rows.append(row)
+    return _table(["", *Server, *(head for peer in peers for head in (f"of {peer}", "in each round"))], rows)
+
+
+def _job(cell: GuestCell) -> str:
+    """A job's name."""
+    return f"{cell.rw} {size_text(cell.block_size)}, depth {cell.iodepth}{', flushes' if cell.flush else ''}"
 
 
 def _disk(run: Run, subject: str) -> str:
