@@ -24,7 +24,8 @@ Sample = dict[str, Any]
 _HEAD = """\
 # Performance
 
-`benchmarks/run` has written this page; do not edit it. What is explained here stands in `benchmarks/notes.md`.
+`benchmarks/run` has written this page; do not edit it. What is explained here stands in `benchmarks/notes.md`, with
+profiles as `benchmarks/profile` prints them.
 
 Each figure is the median of the rounds, with the least and the most of them in brackets. A round measures everything
 once, and each limit of the machine right after what it limits: ratios are taken within a round.

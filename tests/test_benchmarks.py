@@ -41,6 +41,7 @@ from benchmarks.cells import (
 from benchmarks.guest import fetch, in_guest, jobs, parsed
 from benchmarks.measure import conditions, cost, fio, guestless, image, machine, warm
 from benchmarks.page import Run, page
+from benchmarks.profile import main as profile
 from vmmblk.check import check_block
 from vmmblk.config import open_disk
 
@@ -331,6 +332,49 @@ def test_a_file_that_is_none_of_ours_is_told(tmp_path: Path, measured: list[tupl
     assert result.exit_code == 2
     assert "raw.json is no file of an earlier run" in result.output
     assert not (tmp_path / "out").exists()
+
+
+# The profile.
+
+
+def test_a_profile_has_the_top_symbols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what was run and how fast it was."""
+    perf = tmp_path / "perf"
+    perf.write_text(
+        "#!/bin/sh\n"
+        'if [ $1 = record ]; then while [ $1 != -- ]; do shift; done; shift; exec "$@"; fi\n'
+        "printf '\n 60.00%%  engine  libc.so  [.] copy    -      -\n 30.00%%  python  python  [.] eval  -  -\n'\n"
+    )
+    perf.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    options = ["--top", "1", "--requests", "10", "--iodepth", "2"]
+    result = CliRunner().invoke(profile, options, obj=["--poll-us", "0", "null:1M"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("$ vmmblk serve --poll-us 0 null:1M\n$ vmmblk bench --requests 10 --iodepth 2\n")
+    assert "10 requests" in result.output
+    assert result.output.endswith("\n 60.00%  engine  libc.so  [.] copy\n")
+
+
+@pytest.mark.parametrize(
+    ("perf", "serve", "told"),
+    [
+        (None, ["null:1M"], "Error: perf is missing: apt-get install linux-perf\n"),
+        ("exit 255", ["null:1M"], "Error: perf record ended with status 255; the reason is above\n"),
+        ("exit 0", [], "Error: write what to serve after --; see benchmarks/profile --help\n"),
+    ],
+    ids=["no perf", "no permission", "nothing to serve"],
+)
+def test_a_profile_that_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, perf: str | None, serve: list[str], told: str
+) -> None:
+    """One line says why."""
+    if perf is not None:
+        (tmp_path / "perf").write_text(f"#!/bin/sh\n{perf}\n")
+        (tmp_path / "perf").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = CliRunner().invoke(profile, [], obj=serve)
+    assert result.exit_code
+    assert result.output.endswith(told)
 
 
 # The page.
