@@ -13,8 +13,16 @@ from guests import NO_STATUS, TIMED_OUT, CommandOutput, boot, make_boot_disk, sc
 if TYPE_CHECKING:
     from pathlib import Path
 
-GETTERS = ["get-firmware", "get-guest", "get-libvfio-user", "get-qemu"]
-OTHERS = ["../benchmarks/run", "demo", "guest", "make-boot-disk", "../tests/guest-matrix", "../tests/run"]
+GETTERS = ["get-firmware", "get-guest", "get-libvfio-user", "get-qemu", "get-storage-daemon"]
+OTHERS = [
+    "../benchmarks/profile",
+    "../benchmarks/run",
+    "demo",
+    "guest",
+    "make-boot-disk",
+    "../tests/guest-matrix",
+    "../tests/run",
+]
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
