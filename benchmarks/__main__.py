@@ -114,7 +114,8 @@ class Session:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as exc:
-            self._failures[what] = str(exc)
+            # A server that ended may have said more; its last line tells what happened.
+            self._failures[what] = (str(exc).splitlines() or [type(exc).__name__])[-1]
 
     def _without_guest(self, parts: Collection[str]) -> None:
         """All rounds, each with every cell and every cost once."""

@@ -296,12 +296,13 @@ def test_a_part_that_fails_is_told_and_left_out(
     """In one line, and the page has the rest."""
 
     def fetch() -> Path:
-        raise RuntimeError("no network")
+        raise RuntimeError("what led there\nno network")
 
     monkeypatch.setattr(command, "fetch", fetch)
     result, run = ran(tmp_path)
     assert result.exit_code == 1
     assert "\nError: guest: no network\n" in result.output
+    assert "what led there" not in result.output
     assert run.samples
     assert run.costs
     written = (tmp_path / "performance.md").read_text()
