@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from mounts import loop_device
 
 from vmmblk.backends import file as file_module
 from vmmblk.backends.file import File
@@ -43,15 +44,8 @@ def image(tmp_path: Path) -> Path:
 @pytest.fixture
 def device(image: Path) -> Iterator[Path]:
     """A block device: a loop device over the image."""
-    sudo = [] if os.getuid() == 0 else ["sudo", "-n"]
-    losetup = [*sudo, "/usr/sbin/losetup"]
-    found = subprocess.run([*losetup, "--find", "--show", image], check=True, capture_output=True, text=True)
-    path = type(image)(found.stdout.strip())
-    try:
-        subprocess.run([*sudo, "chown", str(os.getuid()), path], check=True)
+    with loop_device(image) as path:
         yield path
-    finally:
-        subprocess.run([*losetup, "--detach", path], check=True)
 
 
 @contextmanager

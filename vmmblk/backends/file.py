@@ -115,7 +115,8 @@ class File(Block):
             Substance.FILE,
             fileno=self._fd,
             direct=self._direct,
-            in_memory=_file_system(self._fd) in _IN_MEMORY,
+            # the node of a device lies in memory, the device does not
+            in_memory=not self._is_device and _file_system(self._fd) in _IN_MEMORY,
             write_failed=self._write_failed,
         )
 
