@@ -352,7 +352,7 @@ def files_no_longer_than(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["file", "tmpfs", "direct"])
-def test_a_write_that_fails(serve: Serve, logs: Logs, make: Make, kind: str, engine: str, cache: str) -> None:
+def test_a_write_that_fails(serve: Serve, logs: Logs, make: Make, *, kind: str, engine: str, cache: str) -> None:
     """The guest is told, others go on, and the disk knows of what write-through lost (BLK-071)."""
     logs.expect("the disk fails: .*File too large")
     disk = make(kind)
