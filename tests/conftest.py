@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import select
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,13 +20,15 @@ from vmmblk.server import Server, ServerOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from vmmblk.block import Block
 
 pytest_plugins = ["conformance.plugin"]
 
 STOP_SECONDS = 5.0
+
+on_both_engines = pytest.mark.parametrize("serve", ["python", "native"], indirect=True)
+"""For tests that look at what the driver sees and the disk holds, and not at which calls the disk gets."""
 
 
 class Logs(logging.Handler):
@@ -95,22 +100,55 @@ class Served:
     disk: Any
 
     def settle(self) -> None:
-        """Return when the worker has seen every doorbell that the transport has passed on."""
+        """Return when whoever serves has seen every doorbell that the transport has passed on."""
+        if self.server.engine != "python":
+            until(lambda: not self._doorbells() and engine_sleeps(), "the engine is busy")
         for _ in range(3):
             turn = threading.Event()
             self.server._worker._loop.call_soon_threadsafe(turn.set)
             assert turn.wait(STOP_SECONDS)
 
+    def _doorbells(self) -> bool:
+        """Whether there are some that the engine has not taken."""
+        bells = select.poll()
+        for queue in self.server._queues:
+            bells.register(queue.kick_fd, select.POLLIN)
+        return bool(bells.poll(0))
+
+
+def engine_tasks() -> list[Path]:
+    """What /proc tells of the threads of the native engine in this process."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if (task / "comm").read_text() == "vmmblk-engine\n":
+                found.append(task)
+    return found
+
+
+def engine_sleeps() -> bool:
+    """Whether each of its threads waits for doorbells, in poll(2)."""
+    return all((task / "syscall").read_text().startswith("7 ") for task in engine_tasks())
+
 
 @pytest.fixture
-def serve(tmp_path: Path, logs: Logs) -> Iterator[Callable[..., Served]]:
-    """Start a server for a disk (default: a :class:`Disk`) with ServerOptions; it must stop cleanly after the test."""
+def serve(request: pytest.FixtureRequest, tmp_path: Path, logs: Logs) -> Iterator[Callable[..., Served]]:
+    """Start a server for a disk (default: a :class:`Disk`) with ServerOptions; it must stop cleanly after the test.
+
+    With :data:`on_both_engines` the disk is one of ``disks``, and the engine that is asked for serves it, or it fails.
+    """
     running: list[Served] = []
+    engine = getattr(request, "param", None)
 
     def start(disk: Block | None = None, **options: Any) -> Served:
         disk = Disk() if disk is None else disk
         path = tmp_path / f"s{len(running)}"
+        if engine is not None:
+            assert isinstance(disk, Disk)
+            disk.in_c = engine == "native"
+            options["engine"] = engine
         server = Server(path, prepare(disk), ServerOptions(**options))
+        assert engine is None or server.engine == engine
         server.start()
         running.append(Served(server, path, disk))
         return running[-1]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 from typing import TYPE_CHECKING
 
-from vmmblk.block import Block, BlockInfo, Buffers, total_bytes
+from vmmblk.block import Block, BlockInfo, Buffers, Native, Substance, total_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,11 +21,16 @@ class Disk(Block):
     ``calls`` tells each call: its name, then sector and number of sectors, in order of arrival.  ``data`` is what
     reads give, ``stable`` what would be there after a crash.  A call named in ``failures`` raises what it finds
     there; one named in ``held`` waits for ``release``.
+
+    With ``in_c`` the native engine may read and write ``data`` itself: such reads and writes are no calls, and what is
+    written is stable after the next flush.
     """
 
     def __init__(self, sectors: int = 2048, *, sector_size: int = 512, read_write: bool = True) -> None:
         self.info = BlockInfo(read_write=read_write, sector_size=sector_size, size_sectors=sectors)
-        self.data = bytearray(self.info.size_bytes)
+        self.in_c = False
+        self._room = bytearray(2 * self.info.size_bytes)  # it can grow, and never moves
+        self.data = memoryview(self._room)[: self.info.size_bytes]
         self.stable = bytearray(self.info.size_bytes)
         self.calls: list[Call] = []
         self.buffers: list[tuple[int, ...]] = []
@@ -33,6 +39,13 @@ class Disk(Block):
         self.held: set[str] = set()
         self._gates: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._changed = threading.Condition()
+
+    def native(self) -> Native | None:
+        """The memory, unless a subclass does more than to copy."""
+        copies = type(self).read is Disk.read and type(self).write is Disk.write
+        if not (self.in_c and copies):
+            return None
+        return Native(Substance.MEMORY, address=ctypes.addressof(ctypes.c_char.from_buffer(self._room)))
 
     async def read(self, sector_start: int, buffers: Buffers) -> None:
         """From memory."""
@@ -140,7 +153,7 @@ class FullDisk(CachedDisk):
     def grow(self, sectors: int) -> None:
         """Make the disk bigger, and say so."""
         more = (sectors - self.info.size_sectors) * self.info.sector_size
-        self.data += bytes(more)
+        self.data = memoryview(self._room)[: len(self.data) + more]
         self.stable += bytes(more)
         self.info = BlockInfo(self.info.read_write, self.info.sector_size, sectors)
         if self._resized is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import until
+from conftest import on_both_engines, until
 from disks import CachedDisk, Disk, FullDisk
 
 from vmmblk.block import Topology
@@ -88,6 +88,7 @@ def test_configuration_is_little_endian(serve: Serve) -> None:
         assert raw[BlkConfig.SIZE_MAX : BlkConfig.SIZE_MAX + 4] == v.config(BlkConfig.SIZE_MAX).to_bytes(4, "little")
 
 
+@on_both_engines
 @pytest.mark.parametrize("features", [SUPPORTED, SUPPORTED & ~EVENT_IDX], ids=["event index", "flags"])
 def test_a_driver_that_kicks_only_when_asked_to_is_always_heard(serve: Serve, features: int) -> None:
     """RING-EVENT-016, RING-SPLIT-012: buffers added while doorbells are being enabled are neither lost nor misread."""
@@ -140,6 +141,7 @@ def test_zeroes_are_as_durable_as_writes(serve: Serve, writeback: bool) -> None:
         assert disk.stable[8 * 512 : 12 * 512] == bytes(4 * 512)
 
 
+@on_both_engines
 @pytest.mark.parametrize("framing", [[16, 3 << 20], [16, *[4096] * 400]], ids=["a large segment", "many segments"])
 def test_more_than_the_limits_of_a_request(serve: Serve, framing: list[int]) -> None:
     """HOSTILE-159, BLK-005, BLK-006: segments beyond size_max or seg_max are served, whatever the driver was told."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import pytest
 from conftest import STOP_SECONDS, Served, until
 from contents import SECTOR, Access, Contents, check_flush, check_read
 from disks import FullDisk
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from collections.abc import Set as AbstractSet
 
-    import pytest
     from conftest import Logs
 
     from vmmblk.client.request import Pending
@@ -247,18 +247,22 @@ INERT: tuple[tuple[CommonCfg, int], ...] = (
 
 
 class HostileDriver(RuleBasedStateMachine):
-    """The driver, its VMM and the disk; ``logs`` is where the server's complaints go."""
+    """The driver, its VMM and the disk, which ``engine`` serves; ``logs`` is where the server's complaints go.
 
-    def __init__(self, logs: Logs) -> None:
+    The native engine does not stall: there only what it hands over does, which is everything with IN_ORDER.
+    """
+
+    def __init__(self, logs: Logs, engine: str) -> None:
         super().__init__()
         self.logs = logs
         self.records = len(logs.records)
         self.disk = FullDisk(SECTORS)
+        self.disk.in_c = engine == "native"
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name, "s")
-        self.server = Server(
-            self.path, prepare(self.disk), ServerOptions(queues=QUEUES, queue_size=64, features=SWITCHES)
-        )
+        options = ServerOptions(queues=QUEUES, queue_size=64, features=SWITCHES, engine=engine)
+        self.server = Server(self.path, prepare(self.disk), options)
+        assert self.server.engine == engine
         self.server.start()
         self.served = Served(self.server, self.path, self.disk)
         self.contents = Contents(bytes(self.disk.data))
@@ -388,8 +392,9 @@ class HostileDriver(RuleBasedStateMachine):
 
     @initialize()
     def start_well(self) -> None:
-        """Every example begins with a device that works."""
-        self.initialise(frozenset(), QUEUES, 64, Interrupts.MSIX, None)
+        """Every example begins with a device that works, and an engine that serves it."""
+        without = frozenset({Feature.IN_ORDER} if self.server.engine == "native" else {})
+        self.initialise(without, QUEUES, 64, Interrupts.MSIX, None)
 
     @rule(
         without=st.frozensets(st.sampled_from(OPTIONAL), max_size=6),
@@ -858,14 +863,17 @@ class HostileDriver(RuleBasedStateMachine):
         """The next VMM gets full service, and the disk holds what it must."""
         self.disconnect()
         self.start_well()
+        calls = self.disk.count("read")
         self.work([(ANYWHERE, Transfer(3, 4, 77)), (ANYWHERE, Transfer(0, 8, 0))])
         self.settle()
+        assert (self.disk.count("read") == calls) == (self.server.engine == "native")
         self.contents.check(self.disk.data)
 
 
-def test_a_driver_that_does_anything(logs: Logs, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["python", "native"])
+def test_a_driver_that_does_anything(logs: Logs, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     """HOSTILE-048, -106, -107, -108, -110: legal and illegal moves in any order; every promise that is left holds."""
     monkeypatch.setattr("vmmblk.server.DRAIN_LIMIT", 0.05)
     for pattern in ("their memory is taken back", "guest memory is not shared", "libvfio-user: "):
         logs.allow(pattern)
-    run_state_machine_as_test(lambda: HostileDriver(logs), settings=effort(100))
+    run_state_machine_as_test(lambda: HostileDriver(logs, engine), settings=effort(100))

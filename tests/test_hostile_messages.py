@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import until
+from conftest import on_both_engines, until
 from fuzzing import effort
 from hypothesis import given
 from hypothesis import strategies as st
@@ -331,6 +331,7 @@ def playing(served: Served, folder: Path) -> Iterator[Vmm]:
     assert served.server.failed is None
 
 
+@on_both_engines
 def test_sessions_with_mistakes(serve: Serve, logs: Logs, tmp_path: Path) -> None:
     """Messages that are lost, doubled, moved, cut, filled up, or wrong in any field, and descriptors of other things.
 
@@ -364,6 +365,7 @@ def test_sessions_with_mistakes(serve: Serve, logs: Logs, tmp_path: Path) -> Non
         play()
 
 
+@on_both_engines
 def test_a_session_that_ends_anywhere(serve: Serve, logs: Logs, tmp_path: Path) -> None:
     """A client that is gone after any of its messages, or in the middle of it: the next one is served."""
     logs.allow("libvfio-user: |a client was refused: ")

@@ -15,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import on_both_engines
 from disks import FullDisk
 
 from vmmblk.client.driver import SUPPORTED, VirtioBlk, attach
@@ -92,6 +93,7 @@ def request(page: int) -> list[Descriptor]:
     ]
 
 
+@on_both_engines
 @both
 def test_requests_that_change_while_they_are_served(serve: Serve, features: int) -> None:
     """HOSTILE-028, -029: whatever is found is done or refused as a whole, within the disk; each is told of, once."""
@@ -140,6 +142,7 @@ def offer(v: VirtioBlk, page: int, noise: random.Random) -> None:
     v.poll(queue)
 
 
+@on_both_engines
 @both
 def test_rings_that_change_while_they_are_served(serve: Serve, logs: Logs, features: int) -> None:
     """HOSTILE-026, -027, -059: nothing is written but what may have been named, and after a reset all is well."""

@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import until
+from conftest import on_both_engines, until
 from disks import CachedDisk, Disk, FullDisk
 
 from vmmblk.client.connection import Connection
@@ -86,6 +86,7 @@ def test_what_is_offered_is_what_the_disk_can_do(serve: Serve) -> None:
         assert v.device.features == always
 
 
+@on_both_engines
 @pytest.mark.parametrize(
     "extra",
     [0, *(each.mask for each in OPTIONAL), *(a.mask | b.mask for a, b in itertools.combinations(OPTIONAL[8:], 2))],
@@ -98,6 +99,7 @@ def test_every_feature_alone_and_paired_works(serve: Serve, extra: int) -> None:
         exercise(v)
 
 
+@on_both_engines
 @pytest.mark.parametrize("without", OPTIONAL, ids=lambda each: each.name)
 def test_every_feature_can_be_left_out(serve: Serve, without: Feature) -> None:
     """A driver that takes everything but one gets a device that works."""
@@ -106,6 +108,7 @@ def test_every_feature_can_be_left_out(serve: Serve, without: Feature) -> None:
         exercise(v)
 
 
+@on_both_engines
 def test_a_driver_without_version_1_is_refused(serve: Serve) -> None:
     """FEATURES_OK does not stick, and the same driver may try again with VERSION_1 (HOSTILE-103).
 
@@ -122,6 +125,7 @@ def test_a_driver_without_version_1_is_refused(serve: Serve) -> None:
 # Queues.
 
 
+@on_both_engines
 @pytest.mark.parametrize("size", [1, 2, 4, 16, 256, 1024, 32768])
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event"])
 def test_every_queue_size_works(serve: Serve, size: int, event_idx: bool) -> None:
@@ -134,6 +138,7 @@ def test_every_queue_size_works(serve: Serve, size: int, event_idx: bool) -> Non
         assert v.read(39, 512) == bytes([39]) * 512
 
 
+@on_both_engines
 @pytest.mark.parametrize("size", [1, 8, 64])
 def test_the_driver_may_choose_a_smaller_queue(serve: Serve, size: int) -> None:
     """A size below the maximum reads back and is used (PCI-043)."""
@@ -143,6 +148,7 @@ def test_the_driver_may_choose_a_smaller_queue(serve: Serve, size: int) -> None:
             exercise(v, turn)
 
 
+@on_both_engines
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event"])
 def test_indices_wrap(serve: Serve, event_idx: bool) -> None:
     """More than 65536 requests go through one ring: its indices wrap, nothing is lost."""
@@ -166,6 +172,7 @@ def test_indices_wrap(serve: Serve, event_idx: bool) -> None:
         assert DeviceStatus.NEEDS_RESET not in v.status
 
 
+@on_both_engines
 def test_a_queue_reset_and_another_size(serve: Serve) -> None:
     """RING_RESET: the queue comes back at another size and place, from index 0 (VQRST-004 to 007, HOSTILE-079).
 
@@ -182,6 +189,7 @@ def test_a_queue_reset_and_another_size(serve: Serve) -> None:
         assert v.queues[0].used_idx > 0
 
 
+@on_both_engines
 def test_a_queue_reset_forgets_its_settings(serve: Serve) -> None:
     """After queue_reset everything of the queue reads as at first, and nothing of it is served (VQRST-002 to 005)."""
     served = serve()
@@ -204,6 +212,7 @@ def test_a_queue_reset_forgets_its_settings(serve: Serve) -> None:
         assert (served.disk.count("read"), v.queues[0].used_idx) == (before, used)
 
 
+@on_both_engines
 def test_queue_reset_without_the_feature_is_ignored(serve: Serve) -> None:
     """queue_reset does nothing when RING_RESET was not negotiated (HOSTILE-074, PCI-048)."""
     with attach(serve().path, features=SUPPORTED & ~Feature.RING_RESET.mask) as v:
@@ -212,6 +221,7 @@ def test_queue_reset_without_the_feature_is_ignored(serve: Serve) -> None:
         exercise(v)
 
 
+@on_both_engines
 def test_event_index_suppresses_doorbells_and_interrupts(serve: Serve) -> None:
     """A driver that asks for no interrupt gets none; one at the end of a batch stands for all of it."""
     served = serve()
@@ -233,6 +243,7 @@ def test_event_index_suppresses_doorbells_and_interrupts(serve: Serve) -> None:
         until(lambda: v.take_interrupts() == 1, "the tenth request interrupts")
 
 
+@on_both_engines
 def test_the_interrupt_flag_suppresses_interrupts(serve: Serve) -> None:
     """Without EVENT_IDX, bit 0 of the avail flags decides alone (HOSTILE-037)."""
     served = serve()
@@ -252,6 +263,7 @@ def test_the_interrupt_flag_suppresses_interrupts(serve: Serve) -> None:
 # Interrupts.
 
 
+@on_both_engines
 @pytest.mark.parametrize("mode", Interrupts, ids=lambda mode: mode.name)
 @pytest.mark.parametrize("window", [False, True], ids=["bar", "window"])
 @pytest.mark.parametrize("posted", [False, True], ids=["sync", "posted"])
@@ -275,6 +287,7 @@ def test_a_whole_driver_in_every_way(serve: Serve, mode: Interrupts, window: boo
         assert v.get_id() == "own-serial"
 
 
+@on_both_engines
 def test_msix_vectors_go_where_they_are_told(serve: Serve) -> None:
     """The queue's vector and the config vector are signalled apart; NO_VECTOR silences (PCI-102, 108 to 111).
 
@@ -308,6 +321,7 @@ def test_msix_vectors_go_where_they_are_told(serve: Serve) -> None:
         assert v.device.get(CommonCfg.QUEUE_MSIX_VECTOR) == NO_VECTOR
 
 
+@on_both_engines
 def test_intx_is_a_level(serve: Serve) -> None:
     """The ISR byte tells why and is cleared by reading; an unmask raises INTx again if set (PCI-076 to 080).
 
@@ -335,6 +349,7 @@ def test_intx_is_a_level(serve: Serve) -> None:
         assert v.lines.take(line) == 0
 
 
+@on_both_engines
 def test_interrupt_disable_holds_intx_back(serve: Serve) -> None:
     """With Interrupt Disable in the command register INTx waits, and comes when that is cleared (PCI-078)."""
     with attach(serve().path, interrupts=Interrupts.INTX) as v:
@@ -351,6 +366,7 @@ def test_interrupt_disable_holds_intx_back(serve: Serve) -> None:
         assert v.lines.take(line) == 1
 
 
+@on_both_engines
 def test_msix_enable_chooses_between_vectors_and_intx(serve: Serve) -> None:
     """Bit 15 of message control is looked at for each interrupt, not once (PCI-108, 112)."""
     with attach(serve().path) as v:
@@ -368,6 +384,7 @@ def test_msix_enable_chooses_between_vectors_and_intx(serve: Serve) -> None:
         exercise(v)
 
 
+@on_both_engines
 def test_a_disk_that_grows_tells_the_driver(serve: Serve) -> None:
     """New capacity, new generation, a config interrupt; the new sectors are served (BLK-063, 064, PCI-034)."""
     disk = FullDisk()
@@ -390,6 +407,7 @@ def test_a_disk_that_grows_tells_the_driver(serve: Serve) -> None:
         assert v.capacity == 2049  # a reset does not shrink it
 
 
+@on_both_engines
 def test_growth_before_driver_ok_is_told_then(serve: Serve) -> None:
     """A disk that grows between a driver's look at the capacity and DRIVER_OK: the interrupt follows (NOTE-003)."""
     disk = FullDisk()
@@ -421,6 +439,7 @@ def silent(served: Served, v: VirtioBlk) -> None:
     assert not [call for call in served.disk.calls if call[0] != "flush"]
 
 
+@on_both_engines
 def test_a_doorbell_before_driver_ok_consumes_nothing(serve: Serve) -> None:
     """An enabled, filled queue is left alone until DRIVER_OK, then served without another doorbell (HOSTILE-083).
 
@@ -448,6 +467,7 @@ def test_a_doorbell_before_driver_ok_consumes_nothing(serve: Serve) -> None:
         assert v.wait(pending).status == Status.OK
 
 
+@on_both_engines
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 @pytest.mark.parametrize("value", [0, 1, 0xFF])
 def test_a_doorbell_of_any_width_and_value_is_a_kick(serve: Serve, width: int, value: int) -> None:
@@ -459,6 +479,7 @@ def test_a_doorbell_of_any_width_and_value_is_a_kick(serve: Serve, width: int, v
         assert v.wait(pending).status == Status.OK
 
 
+@on_both_engines
 def test_doorbells_that_name_no_queue_are_ignored(serve: Serve) -> None:
     """Slots beyond the last queue, and odd places next to them, do nothing (HOSTILE-082)."""
     served = serve()
@@ -473,6 +494,7 @@ def test_doorbells_that_name_no_queue_are_ignored(serve: Serve) -> None:
         until(lambda: v.poll() == 1)
 
 
+@on_both_engines
 def test_a_doorbell_for_a_queue_that_is_not_enabled_is_ignored(serve: Serve) -> None:
     """DRIVER_OK with no queue, or after a reset: a doorbell touches nothing (HOSTILE-081, 091, 109).
 
@@ -497,6 +519,7 @@ def test_a_doorbell_for_a_queue_that_is_not_enabled_is_ignored(serve: Serve) -> 
         assert v.take_interrupts() == 0
 
 
+@on_both_engines
 def test_a_doorbell_reads_as_zero(serve: Serve) -> None:
     """Reading the doorbell region has no effect (HOSTILE-090)."""
     served = serve()
@@ -508,6 +531,7 @@ def test_a_doorbell_reads_as_zero(serve: Serve) -> None:
         silent(served, v)
 
 
+@on_both_engines
 def test_a_doorbell_storm(serve: Serve, logs: Logs) -> None:
     """Ten thousand doorbells without a buffer: registers and requests are answered, nothing is logged (HOSTILE-089)."""
     served = serve()
@@ -521,6 +545,7 @@ def test_a_doorbell_storm(serve: Serve, logs: Logs) -> None:
     assert len(logs.records) < 5
 
 
+@on_both_engines
 def test_bus_master_off_stops_the_device(serve: Serve) -> None:
     """Without Bus Master Enable no memory is touched; with it, the waiting request is served (HOSTILE-134)."""
     served = serve()
@@ -630,6 +655,7 @@ CORRUPTIONS = [
 ]
 
 
+@on_both_engines
 @pytest.mark.parametrize("corrupt", CORRUPTIONS, ids=lambda corrupt: corrupt.__name__)
 @pytest.mark.parametrize("mode", [Interrupts.MSIX, Interrupts.INTX], ids=lambda mode: mode.name)
 def test_a_corrupt_ring_needs_a_reset(serve: Serve, corrupt: Callable[[VirtioBlk], None], mode: Interrupts) -> None:
@@ -653,6 +679,7 @@ def test_a_corrupt_ring_needs_a_reset(serve: Serve, corrupt: Callable[[VirtioBlk
         exercise(v)
 
 
+@on_both_engines
 def test_good_chains_before_the_fault_are_served(serve: Serve) -> None:
     """What was popped whole reaches the disk, though the driver may not be told any more."""
     served = serve()
@@ -661,10 +688,10 @@ def test_good_chains_before_the_fault_are_served(serve: Serve) -> None:
         bad_head(v)
         v.ring_doorbell()
         v.wait_needs_reset()
-        served.disk.wait_for("write")
-    assert served.disk.data[5 * 512 : 6 * 512] == b"g" * 512
+        until(lambda: served.disk.data[5 * 512 : 6 * 512] == b"g" * 512)
 
 
+@on_both_engines
 def test_an_indirect_chain_without_the_feature_is_corrupt(serve: Serve) -> None:
     """The table is not followed (HOSTILE-013)."""
     with attach(serve().path, features=SUPPORTED & ~Feature.INDIRECT_DESC.mask) as v:
@@ -673,6 +700,7 @@ def test_an_indirect_chain_without_the_feature_is_corrupt(serve: Serve) -> None:
         v.wait_needs_reset()
 
 
+@on_both_engines
 def test_corrupting_for_ever_cannot_flood_the_log(serve: Serve, logs: Logs) -> None:
     """A guest that breaks its ring and resets a hundred times is served each time, and leaves a few lines."""
     served = serve()
@@ -687,6 +715,7 @@ def test_corrupting_for_ever_cannot_flood_the_log(serve: Serve, logs: Logs) -> N
     assert logs.matching("corrupt")
 
 
+@on_both_engines
 @pytest.mark.parametrize(
     ("desc", "avail", "used"),
     [(0, 1, 1), (1 << 50, 1, 1), (1, 1 << 50, 1), (1, 1, (1 << 64) - 4096), ((1 << 64) - 16, 1, 1), (1, 1, 0)],
@@ -714,6 +743,7 @@ def test_a_ring_outside_guest_memory_needs_a_reset(serve: Serve, desc: int, avai
         exercise(v)
 
 
+@on_both_engines
 def test_areas_on_top_of_each_other_hurt_nobody(serve: Serve) -> None:
     """Overlapping ring areas: whatever it means, the server lives and serves after a reset (HOSTILE-043, 047)."""
     with attach(serve().path) as v:
@@ -733,6 +763,7 @@ def test_areas_on_top_of_each_other_hurt_nobody(serve: Serve) -> None:
         exercise(v)
 
 
+@on_both_engines
 @pytest.mark.parametrize("area", ["desc", "used"])
 def test_data_over_the_ring_is_only_the_guests_loss(serve: Serve, area: str) -> None:
     """A read into the descriptor table or the used ring: the device works from its own state (HOSTILE-036, 047)."""
@@ -754,6 +785,7 @@ def test_data_over_the_ring_is_only_the_guests_loss(serve: Serve, area: str) -> 
         exercise(v)
 
 
+@on_both_engines
 @pytest.mark.parametrize(
     ("address", "length", "why"),
     [
@@ -784,6 +816,7 @@ def test_data_outside_guest_memory_is_an_error(serve: Serve, address: int, lengt
 # Resets.
 
 
+@on_both_engines
 @pytest.mark.parametrize("how", ["status", "device"])
 @pytest.mark.parametrize("stage", range(8))
 def test_a_reset_at_every_stage_of_init(serve: Serve, how: str, stage: int) -> None:
@@ -818,6 +851,7 @@ def test_a_reset_at_every_stage_of_init(serve: Serve, how: str, stage: int) -> N
         exercise(v)
 
 
+@on_both_engines
 def test_device_reset_takes_the_function_back(serve: Serve) -> None:
     """DEVICE_RESET, twice, on a live device: status 0, command and MSI-X cleared; init works (HOSTILE-136)."""
     served = serve()
@@ -990,6 +1024,7 @@ def test_a_driver_that_looks_at_nothing_but_bar_4(serve: Serve, tmp_path: Path) 
     assert places == {1: (4, 0), 3: (4, 0x1000), 4: (4, 0x2000), 2: (4, 0x3000)}
 
 
+@on_both_engines
 def test_a_ring_that_is_filled_without_a_doorbell_after_enable(serve: Serve) -> None:
     """Buffers queued before DRIVER_OK are found without any doorbell (STAT-005)."""
     served = serve()
@@ -1007,6 +1042,7 @@ def test_a_ring_that_is_filled_without_a_doorbell_after_enable(serve: Serve) -> 
         v.close()
 
 
+@on_both_engines
 def test_queue_enable_after_driver_ok(serve: Serve) -> None:
     """A queue that is enabled on a live device is served (HOSTILE-071); a second enable is ignored (HOSTILE-068)."""
     with attach(serve().path) as v:
@@ -1033,6 +1069,7 @@ def test_config_of_the_block_device(serve: Serve) -> None:
         assert raw[60:] == bytes(36)  # no secure erase, no zones
 
 
+@on_both_engines
 def test_needs_reset_wakes_who_waits(serve: Serve) -> None:
     """A driver that waits for a request learns that the device gave up."""
     with attach(serve().path) as v:

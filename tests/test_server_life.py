@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import STOP_SECONDS, until
+from conftest import STOP_SECONDS, on_both_engines, until
 from disks import CachedDisk, Disk
 
 import vmmblk
@@ -309,6 +309,7 @@ def assert_no_growth(before: tuple[int, int, int], after: tuple[int, int, int]) 
     assert after[2] <= before[2] + 8
 
 
+@on_both_engines
 def test_attaching_again_and_again_leaks_nothing(serve: Serve) -> None:
     """Fifty clients in a row: no descriptor, thread or mapping more than after the first few."""
     served = serve()
@@ -493,6 +494,7 @@ def test_who_waits_for_the_end_of_a_lost_client_costs_nothing(
         assert raw.recv(16)
 
 
+@on_both_engines
 def test_stop_with_a_client_connected(serve: Serve) -> None:
     """Stopping breaks the connection: the client sees its end."""
     served = serve()
@@ -719,6 +721,7 @@ def test_bad_messages(serve: Serve, logs: Logs, name: str) -> None:
     assert served.server.failed is None
 
 
+@on_both_engines
 @pytest.mark.parametrize("name", BAD_MESSAGES)
 def test_bad_messages_to_a_live_device(serve: Serve, logs: Logs, name: str) -> None:
     """After a bad message a live device still works, unless the connection was closed for it."""
@@ -778,6 +781,7 @@ def test_bad_first_messages(serve: Serve, logs: Logs, first: bytes) -> None:
     works(served.path)
 
 
+@on_both_engines
 def test_random_bytes(serve: Serve, logs: Logs) -> None:
     """Noise after a good start, with and without descriptors: the server lives."""
     import random
@@ -922,6 +926,7 @@ def test_a_header_in_two_pieces_ends_the_connection_or_is_understood(serve: Serv
     works(served.path)
 
 
+@on_both_engines
 def test_a_driver_finds_the_server_gone(serve: Serve) -> None:
     """Errors of the client library when the server stops under it are connection errors."""
     served = serve()

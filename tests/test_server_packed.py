@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import on_both_engines
 from disks import Disk
 
 from vmmblk.client.driver import SUPPORTED, VirtioBlk, attach
@@ -36,6 +37,7 @@ def exercise(v: VirtioBlk) -> None:
         assert {pending.result() for pending in some} == {data[:512]}
 
 
+@on_both_engines
 @pytest.mark.parametrize("size", [3, 4, 7, 64, 100, 255, 256])
 @pytest.mark.parametrize("features", [PACKED, PLAIN], ids=["all", "plain"])
 def test_every_queue_size_works(serve: Serve, size: int, features: int) -> None:
@@ -45,6 +47,7 @@ def test_every_queue_size_works(serve: Serve, size: int, features: int) -> None:
         exercise(v)
 
 
+@on_both_engines
 @pytest.mark.parametrize("mode", Interrupts, ids=lambda mode: mode.name)
 @pytest.mark.parametrize("indirect", [False, True])
 def test_a_whole_driver_in_every_way(serve: Serve, mode: Interrupts, indirect: bool) -> None:
@@ -66,6 +69,7 @@ def test_a_whole_driver_in_every_way(serve: Serve, mode: Interrupts, indirect: b
         exercise(v)
 
 
+@on_both_engines
 def test_a_queue_reset_and_another_size(serve: Serve) -> None:
     """VQRST-007, RING-PACKED-005: the queue comes back at any size and place, from slot 0 and wrap counter 1."""
     with attach(serve(queue_size=256).path, features=PACKED) as v:
@@ -77,6 +81,7 @@ def test_a_queue_reset_and_another_size(serve: Serve) -> None:
             exercise(v)
 
 
+@on_both_engines
 def test_many_requests_in_flight_complete_out_of_order(serve: Serve) -> None:
     """RING-PACKED-010: thousands of requests, each completed once, over many laps of a ring of odd size."""
     served = serve(Disk(sectors=4096))
@@ -104,6 +109,7 @@ def ragged_table(v: VirtioBlk) -> None:
     v.submit_raw([Descriptor(0, 17, INDIRECT)])
 
 
+@on_both_engines
 @pytest.mark.parametrize("corrupt", [endless, table_with_next, ragged_table], ids=lambda corrupt: corrupt.__name__)
 def test_a_corrupt_ring_needs_a_reset(serve: Serve, corrupt: Callable[[VirtioBlk], None]) -> None:
     """HOSTILE-049, -053, -055: NEEDS_RESET and a config interrupt, and full service after the reset."""
@@ -118,6 +124,7 @@ def test_a_corrupt_ring_needs_a_reset(serve: Serve, corrupt: Callable[[VirtioBlk
         exercise(v)
 
 
+@on_both_engines
 def test_a_misaligned_event_structure_needs_a_reset(serve: Serve) -> None:
     """HOSTILE-060: the queue is not started, and a reset repairs that."""
     with attach(serve().path, features=PACKED) as v:

@@ -6,7 +6,7 @@ from itertools import permutations
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import until
+from conftest import on_both_engines, until
 from disks import CachedDisk, Disk, FullDisk
 
 from vmmblk.block import Lifetime
@@ -44,6 +44,7 @@ IN, OUT, FLUSH = RequestType.IN, RequestType.OUT, RequestType.FLUSH
 # Queues.
 
 
+@on_both_engines
 @pytest.mark.parametrize("count", [1, 2, 5, 64])
 def test_every_queue_serves_and_has_a_vector_of_its_own(serve: Serve, count: int) -> None:
     """All queues do the same work, each interrupts on its own vector (BLK-003, 013, 019, PCI-033, NOTE-002)."""
@@ -62,6 +63,7 @@ def test_every_queue_serves_and_has_a_vector_of_its_own(serve: Serve, count: int
             assert v.call(IN, queue, data_in=512, queue=count - 1 - queue) == bytes([queue + 1]) * 512
 
 
+@on_both_engines
 def test_one_queue_has_no_mq(serve: Serve) -> None:
     """With one queue MQ is not offered unless it is asked for, and num_queues is not there (BLK-019, FEAT-008)."""
     with attach(serve().path) as v:
@@ -70,6 +72,7 @@ def test_one_queue_has_no_mq(serve: Serve) -> None:
         assert v.device.get(CommonCfg.NUM_QUEUES) == 1
 
 
+@on_both_engines
 def test_without_mq_only_the_first_queue_is_there(serve: Serve) -> None:
     """A driver that does not take MQ cannot enable another queue; its doorbell is ignored (HOSTILE-080, 081)."""
     served = serve(queues=4)
@@ -82,6 +85,7 @@ def test_without_mq_only_the_first_queue_is_there(serve: Serve) -> None:
         assert DeviceStatus.NEEDS_RESET not in v.status
 
 
+@on_both_engines
 def test_queues_that_are_never_enabled_stay_out_of_it(serve: Serve) -> None:
     """A driver that enables one queue of 64 is served there; no other one is ever started (STAT-010)."""
     served = serve(queues=64)
@@ -93,6 +97,7 @@ def test_queues_that_are_never_enabled_stay_out_of_it(serve: Serve) -> None:
     assert [queue.starts for queue in served.server._queues] == [1] + [0] * 63
 
 
+@on_both_engines
 def test_a_flush_covers_what_other_queues_have_written(serve: Serve) -> None:
     """Writes that completed on one queue are stable once a flush on another has completed (BLK-072)."""
     disk = CachedDisk()
@@ -128,6 +133,7 @@ def test_the_reset_of_one_queue_leaves_the_others_running(serve: Serve) -> None:
 # Doorbells.
 
 
+@on_both_engines
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("config_data", [False, True])
 @pytest.mark.parametrize("position", [False, True])
@@ -147,6 +153,7 @@ def test_doorbells_of_every_shape_are_heard(serve: Serve, position: bool, config
         assert v.wait(pending).status == Status.OK
 
 
+@on_both_engines
 @pytest.mark.parametrize("value", [0x0000, 0x7FFF, 0x8000, 0xFFFF])
 def test_the_position_in_a_doorbell_is_not_believed(serve: Serve, value: int) -> None:
     """Garbage in next_off and next_wrap: the ring decides what is there (HOSTILE-087)."""
@@ -160,6 +167,7 @@ def test_the_position_in_a_doorbell_is_not_believed(serve: Serve, value: int) ->
         assert DeviceStatus.NEEDS_RESET not in v.status
 
 
+@on_both_engines
 def test_a_short_doorbell_is_heard_with_notification_data(serve: Serve) -> None:
     """16 bits where 32 were negotiated are a plain kick (HOSTILE-086)."""
     with attach(serve(features={"notification_data": True}).path) as v:
@@ -169,6 +177,7 @@ def test_a_short_doorbell_is_heard_with_notification_data(serve: Serve) -> None:
         assert v.wait(pending).status == Status.OK
 
 
+@on_both_engines
 @pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_an_id_that_was_never_handed_out_is_ignored(serve: Serve, width: int, window: bool) -> None:
@@ -209,6 +218,7 @@ def test_ids_are_there_with_their_feature_only(serve: Serve) -> None:
 # Features.
 
 
+@on_both_engines
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_feature_can_be_switched_on_and_off(serve: Serve, name: str) -> None:
     """Switched on it is offered and works, switched off it is not offered (FEAT-002, RSVD-003, 005, 006, 010)."""
@@ -223,6 +233,7 @@ def test_each_feature_can_be_switched_on_and_off(serve: Serve, name: str) -> Non
             assert v.read(1, 1024) == b"c" * 1024
 
 
+@on_both_engines
 def test_everything_at_once(serve: Serve) -> None:
     """A device with every feature on, and a driver that takes them all (FEAT-002)."""
     switches = dict.fromkeys(SWITCHES, True)
@@ -254,6 +265,7 @@ def completions(v: VirtioBlk, queue: int, count: int) -> list[int]:
     return seen
 
 
+@on_both_engines
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("indirect", [False, True])
 def test_in_order_chains_come_back_as_they_went(serve: Serve, indirect: bool, packed: bool) -> None:
@@ -273,6 +285,7 @@ def test_in_order_chains_come_back_as_they_went(serve: Serve, indirect: bool, pa
         assert completions(v, 0, 7) == heads
 
 
+@on_both_engines
 @pytest.mark.parametrize("wrong", [False, True])
 def test_in_order_descriptors_may_lie_anywhere(serve: Serve, wrong: bool) -> None:
     """The chain is followed, and held against the size of the ring, where IN_ORDER lets one expect it (HOSTILE-045)."""
@@ -307,6 +320,7 @@ def test_without_in_order_nobody_waits(serve: Serve) -> None:
         assert v.wait(held).status == Status.OK
 
 
+@on_both_engines
 def test_in_order_survives_resets(serve: Serve) -> None:
     """A reset with chains held back: the next life of the queue starts clean."""
     disk = Disk()
