@@ -71,7 +71,7 @@ class Disk(Block):
         """How many calls of that name there were."""
         return sum(call[0] == name for call in list(self.calls))
 
-    def wait_for(self, name: str, count: int = 1, timeout: float = 5.0) -> None:
+    def wait_for(self, name: str, count: int = 1, timeout: float = 30.0) -> None:
         """Wait until there have been ``count`` calls of that name."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.count(name) >= count, timeout), f"no {name}: {self.calls}"

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from vmmblk.client.request import Pending
 
 SECTORS = 2048
-PATIENCE = 5.0
-ANSWER = 1.0
+PATIENCE = 30.0
+ANSWER = 2.5
 """Seconds for a register read; a few milliseconds unless the machine is busy.  A VMM waits for five."""
 
 

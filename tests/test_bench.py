@@ -201,6 +201,7 @@ def test_a_mapped_doorbell_is_stored_to(serve: Serve, monkeypatch: pytest.Monkey
     ask = Connection.region_info
 
     def region_info(self: Connection, index: int, argsz: int = 32) -> RegionInfo:
+        served.settle()  # queues are looked at when they start
         return ask(self, index, argsz)._replace(flags=15, capabilities=area, fds=(os.dup(bar),))
 
     monkeypatch.setattr(Connection, "region_info", region_info)

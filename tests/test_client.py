@@ -68,7 +68,7 @@ class Peer:
 def pair() -> Iterator[tuple[Connection, Peer]]:
     """A connection that has negotiated nothing, and its peer."""
     ours, theirs = socket.socketpair()
-    with Connection(ours, timeout=2.0, negotiate=False) as connection, theirs:
+    with Connection(ours, timeout=20.0, negotiate=False) as connection, theirs:
         yield connection, Peer(theirs)
 
 
@@ -735,7 +735,7 @@ def small_device(**options: Any) -> Iterator[tuple[Connection, GuestMemory, Smal
     device = SmallDevice(theirs, **options)
     device.start()
     try:
-        with Connection(ours, timeout=2.0) as connection, GuestMemory(8 << 20) as memory:
+        with Connection(ours, timeout=20.0) as connection, GuestMemory(8 << 20) as memory:
             memory.map_all(connection)
             yield connection, memory, device
     finally:
@@ -746,7 +746,7 @@ def small_device(**options: Any) -> Iterator[tuple[Connection, GuestMemory, Smal
 def driven(device_options: dict[str, Any] | None = None, **options: Any) -> Iterator[tuple[VirtioBlk, SmallDevice]]:
     """A driver on a small device."""
     with small_device(**device_options or {}) as (connection, memory, device):
-        driver = VirtioBlk(connection, memory, timeout=2.0, **options)
+        driver = VirtioBlk(connection, memory, timeout=20.0, **options)
         yield driver, device
         driver.close()
 
@@ -918,7 +918,7 @@ def test_waiting_ends_when_the_server_dies() -> None:
         started = time.monotonic()
         with pytest.raises(ConnectionError):
             driver.wait(stuck)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 10.0
 
 
 def test_waiting_for_a_silent_device_times_out() -> None:

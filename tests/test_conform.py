@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Serve = Callable[..., Served]
 
-QUICK = Options(timeout=0.5, limit=10)
+QUICK = Options(timeout=10, limit=60)
 FACTS = Facts(offer=Feature.VERSION_1.mask, capacity=64, block_size=512, queues=1, queue_size=16)
 BINDING, OPEN = "STAT-001", "HOSTILE-010"
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 IN = RequestType.IN
 FOR_EVER = EngineOptions(poll_us=None)
 LONG = EngineOptions(poll_us=60_000_000, adaptive=False)
-PATIENCE = 5.0
+PATIENCE = 30.0
 
 
 def read(v: VirtioBlk, queue: int = 0) -> int | None:
