@@ -161,7 +161,9 @@ def serve(request: pytest.FixtureRequest, tmp_path: Path, logs: Logs) -> Iterato
         assert served.server.failed is None
 
 
-def until(condition: Callable[[], object], complaint: str = "it does not happen", timeout: float = STOP_SECONDS) -> None:
+def until(
+    condition: Callable[[], object], complaint: str = "it does not happen", timeout: float = STOP_SECONDS
+) -> None:
     """Look at ``condition`` until it holds."""
     deadline = time.monotonic() + timeout
     while not condition():
