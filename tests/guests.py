@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import IO
 
 _SCRIPTS = Path(__file__).resolve().parent.parent / "qemu-scripts"
 sys.path.insert(0, str(_SCRIPTS / "lib"))
@@ -45,6 +48,8 @@ __all__ = [
     "guest_folder",
     "make_boot_disk",
     "make_image",
+    "on_both_engines",
+    "on_both_engines_if_long",
     "scripts",
     "serve",
     "vfio_user_device",
@@ -54,18 +59,28 @@ __all__ = [
 MIB = 1 << 20
 VMMBLK = (sys.executable, "-m", "vmmblk")
 
+on_both_engines = pytest.mark.parametrize("engine", ["native", "python"])
+on_both_engines_if_long = pytest.mark.parametrize("engine", ["native", pytest.param("python", marks=pytest.mark.long)])
+
 
 def scripts() -> Path:
     """The folder qemu-scripts."""
     return _SCRIPTS
 
 
-def serve(socket: Path, *arguments: str) -> Served:
-    """Starts ``vmmblk serve --socket SOCKET ARGUMENTS``; it listens when this returns.
+def serve(socket: Path, *arguments: str, engine: str | None = None) -> Served:
+    """Starts ``vmmblk serve --socket SOCKET ARGUMENTS``; it listens when this returns, and ``engine`` serves.
 
     Raises RuntimeError with what vmmblk said when it ended instead.
     """
-    return Served(socket, *arguments, program=VMMBLK)
+    if engine is None:
+        return Served(socket, *arguments, program=VMMBLK)
+    served = Served(socket, "--engine", engine, *arguments, program=VMMBLK)
+    told = next((line for line in cast("IO[str]", served.process.stdout) if line.startswith("engine: ")), "")
+    if not told.startswith(f"engine: {engine}"):
+        served.kill()
+        raise AssertionError(f"not served by the {engine} engine: {told or served.log}")
+    return served
 
 
 def boot(command: str, *arguments: str, timeout: float = 120, **setup: Any) -> Result:

@@ -7,7 +7,18 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from guests import MIB, VMMBLK, Setup, boot, fio, make_boot_disk, make_image, serve, vfio_user_device
+from guests import (
+    MIB,
+    VMMBLK,
+    Setup,
+    boot,
+    fio,
+    make_boot_disk,
+    make_image,
+    on_both_engines_if_long,
+    serve,
+    vfio_user_device,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,14 +26,15 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.guest
 
 
-def test_seabios_boots_through_the_window_when_the_bar_is_above_4_gib(tmp_path: Path) -> None:
+@on_both_engines_if_long
+def test_seabios_boots_through_the_window_when_the_bar_is_above_4_gib(tmp_path: Path, engine: str) -> None:
     """On machine pc with 4 GiB only the PCI_CFG window reaches the BAR from 32-bit SeaBIOS, which boots by it."""
     make_boot_disk(tmp_path / "boot.img")
     command = """
         for device in /sys/bus/pci/devices/*; do
             grep -q 0x1042 $device/device && sed -n 5p $device/resource
         done"""
-    with serve(tmp_path / "s", str(tmp_path / "boot.img")) as server:
+    with serve(tmp_path / "s", str(tmp_path / "boot.img"), engine=engine) as server:
         device = vfio_user_device(server.socket, bootindex=0)
         trace = ["-trace", "vfio_pci_write_config"]
         result = boot(command, *device, *trace, firmware="seabios", machine="pc", memory="4G")
@@ -33,14 +45,15 @@ def test_seabios_boots_through_the_window_when_the_bar_is_above_4_gib(tmp_path: 
     assert result.qemu_log.count("vfio_pci_write_config") > 1000
 
 
-def test_a_guest_without_msi_uses_intx(tmp_path: Path) -> None:
+@on_both_engines_if_long
+def test_a_guest_without_msi_uses_intx(tmp_path: Path, engine: str) -> None:
     """With pci=nomsi the disk interrupts by INTx, and every block verifies."""
     image = make_image(tmp_path / "disk.img", 32 * MIB)
     command = f"""set -e
         {fio("randwrite", "4k", "8M")}
         {fio("write", "128k", "16M", offset="8M")}
         grep virtio /proc/interrupts"""
-    with serve(tmp_path / "s", str(image)) as server:
+    with serve(tmp_path / "s", str(image), engine=engine) as server:
         device = vfio_user_device(server.socket)
         result = boot(command, *device, kernel_args="pci=nomsi", memory="256M")
         assert (server.stop(), server.log) == (0, "")
@@ -50,7 +63,8 @@ def test_a_guest_without_msi_uses_intx(tmp_path: Path) -> None:
     assert int(interrupts[1]) > 0
 
 
-def test_the_disk_works_before_and_after_a_reboot(tmp_path: Path) -> None:
+@on_both_engines_if_long
+def test_the_disk_works_before_and_after_a_reboot(tmp_path: Path, engine: str) -> None:
     """A guest that boots from the disk writes to it, reboots, boots from it again and finds what it wrote."""
     make_boot_disk(tmp_path / "boot.img")
     command = """set -e
@@ -61,7 +75,7 @@ def test_the_disk_works_before_and_after_a_reboot(tmp_path: Path) -> None:
         echo before the reboot
         printf written | dd of=/dev/vda2 conv=fsync
         reboot -f"""
-    with serve(tmp_path / "s", str(tmp_path / "boot.img")) as server:
+    with serve(tmp_path / "s", str(tmp_path / "boot.img"), engine=engine) as server:
         device = vfio_user_device(server.socket, bootindex=0)
         result = boot(command, *device, firmware="seabios", memory="384M", allow_reboot=True)
         assert (server.stop(), server.log) == (0, "")

@@ -8,7 +8,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from guests import MIB, TIMED_OUT, Guest, Setup, boot, fio, make_image, serve, vfio_user_device, wait_until
+from guests import (
+    MIB,
+    TIMED_OUT,
+    Guest,
+    Setup,
+    boot,
+    fio,
+    make_image,
+    on_both_engines,
+    on_both_engines_if_long,
+    serve,
+    vfio_user_device,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,10 +83,11 @@ def said(server: Served, words: str, times: int) -> bool:
     return server.log.count(words) == times
 
 
-def test_flushed_data_survives_the_death_of_qemu(tmp_path: Path) -> None:
+@on_both_engines_if_long
+def test_flushed_data_survives_the_death_of_qemu(tmp_path: Path, engine: str) -> None:
     """QEMU killed under load, then coming and going: the server stays, and each guest finds all that was flushed."""
     image = make_image(tmp_path / "disk.img", SIZE)
-    with serve(tmp_path / "s", str(image)) as server:
+    with serve(tmp_path / "s", str(image), engine=engine) as server:
         with guest(server, FLUSH_THEN_WRITE) as first:
             first.wait_for("busy", 120)
             first.kill()
@@ -91,16 +105,17 @@ def test_flushed_data_survives_the_death_of_qemu(tmp_path: Path) -> None:
         assert (server.stop(), server.log) == (0, "")
 
 
-def test_flushed_data_survives_the_death_of_the_server(tmp_path: Path) -> None:
+@on_both_engines_if_long
+def test_flushed_data_survives_the_death_of_the_server(tmp_path: Path, engine: str) -> None:
     """A server killed under load leaves a whole image; a new one takes its socket and lock over and serves it."""
     image = make_image(tmp_path / "disk.img", SIZE)
-    with serve(tmp_path / "s", str(image)) as server, guest(server, FLUSH_THEN_WRITE) as orphan:
+    with serve(tmp_path / "s", str(image), engine=engine) as server, guest(server, FLUSH_THEN_WRITE) as orphan:
         orphan.wait_for("busy", 120)
         server.kill()
         wait_until(lambda: "EOF" in orphan.qemu_log or orphan.process.poll() is not None, "QEMU noticing")
         assert (tmp_path / "s").is_socket()
         assert image.read_bytes()[: 8 * MIB] == FLUSHED
-        with serve(tmp_path / "s", str(image)) as successor:
+        with serve(tmp_path / "s", str(image), engine=engine) as successor:
             command = f"""set -e
                 dd if=/dev/vda bs=1M count=8 iflag=direct | sha256sum
                 {fio("randwrite", "4k", "4M", offset="16M")}"""
@@ -111,7 +126,8 @@ def test_flushed_data_survives_the_death_of_the_server(tmp_path: Path) -> None:
     assert image.read_bytes()[: 8 * MIB] == FLUSHED
 
 
-def test_sigterm_under_load_loses_no_completed_write(tmp_path: Path) -> None:
+@on_both_engines
+def test_sigterm_under_load_loses_no_completed_write(tmp_path: Path, engine: str) -> None:
     """SIGTERM while a guest writes ends the server with status 0, and what the guest saw completed is in the image."""
     image = make_image(tmp_path / "disk.img", SIZE)
     command = """
@@ -122,7 +138,7 @@ def test_sigterm_under_load_loses_no_completed_write(tmp_path: Path) -> None:
             echo "wrote $n"
             n=$((n + 1))
         done"""
-    with serve(tmp_path / "s", str(image)) as server, guest(server, command) as writer:
+    with serve(tmp_path / "s", str(image), engine=engine) as server, guest(server, command) as writer:
         writer.wait_for("wrote 50\n", 120)
         assert server.stop() == 0
         assert server.log == ""
@@ -135,11 +151,12 @@ def test_sigterm_under_load_loses_no_completed_write(tmp_path: Path) -> None:
         assert data[n * 512 :].startswith(b"block %d " % n)
 
 
-def test_memory_that_is_not_shared_is_named_and_the_next_guest_served(tmp_path: Path) -> None:
+@on_both_engines_if_long
+def test_memory_that_is_not_shared_is_named_and_the_next_guest_served(tmp_path: Path, engine: str) -> None:
     """Plain -m and share=off give one line with QEMU's memory arguments each; then a proper guest is served."""
     image = make_image(tmp_path / "disk.img", SIZE)
     advice = "guest memory is not shared with vmmblk: start QEMU with -object memory-backend-memfd,"
-    with serve(tmp_path / "s", str(image)) as server:
+    with serve(tmp_path / "s", str(image), engine=engine) as server:
         for count, backend in enumerate(["none", "private"], start=1):
             with guest(server, "echo unexpected", memory_backend=backend):
                 wait_until(partial(said, server, advice, count), f"advice with {backend} memory")

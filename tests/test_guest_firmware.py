@@ -24,8 +24,9 @@ SERVED = {
     "one queue": ["--queues", "1"],
     "four queues": ["--queues", "4"],
     "every feature": ["--queues", "4", "--features", EVERYTHING],
+    "in Python": ["--queues", "1", "--engine", "python"],
 }
-"""How the disk is served: with the features that are offered by default, or with all that can be."""
+"""How the disk is served: with the features that are offered by default, or with all that can be, by either engine."""
 
 GRUB_WROTE = {
     "seabios": b"# GRUB Environment Block\nbooted=i386-pc\n",

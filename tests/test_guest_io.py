@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 import pytest
-from guests import MIB, boot, fio, make_image, serve, vfio_user_device
+from guests import MIB, boot, fio, make_image, on_both_engines_if_long, serve, vfio_user_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,15 +47,18 @@ def image_sha256(image: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("cache", "shown", "parameters"),
+    ("cache", "shown", "parameters", "engine"),
     [
-        pytest.param("writeback", "write back", [], id="writeback"),
-        pytest.param("writethrough", "write through", [], id="writethrough"),
-        pytest.param("writeback", "write back", ["direct=on"], id="direct"),
+        pytest.param("writeback", "write back", [], "native", id="writeback"),
+        pytest.param("writethrough", "write through", [], "native", id="writethrough"),
+        pytest.param("writeback", "write back", ["direct=on"], "native", id="direct"),
+        pytest.param("writeback", "write back", [], "python", id="writeback python"),
+        pytest.param("writethrough", "write through", [], "python", id="writethrough python", marks=pytest.mark.long),
+        pytest.param("writeback", "write back", ["direct=on"], "python", id="direct python", marks=pytest.mark.long),
     ],
 )
 def test_fio_verifies_what_it_wrote_and_the_guest_can_toggle_the_cache(
-    tmp_path: Path, cache: str, shown: str, parameters: list[str]
+    tmp_path: Path, cache: str, shown: str, parameters: list[str], engine: str
 ) -> None:
     """Blocks of 512 bytes to 1 MiB, 32 deep with fsync, verify in the guest and are in the image, in each mode."""
     image = make_image(tmp_path / "disk.img", SIZE)
@@ -74,7 +77,8 @@ def test_fio_verifies_what_it_wrote_and_the_guest_can_toggle_the_cache(
         cat /sys/block/vda/cache_type
         {fio("randrw", "16k", "4M", offset="60M")}
         dd if=/dev/vda bs=1M iflag=direct | sha256sum"""
-    with serve(tmp_path / "s", "--cache", cache, "--serial", "V-4711", str(image), *parameters) as server:
+    arguments = ["--cache", cache, "--serial", "V-4711", str(image), *parameters]
+    with serve(tmp_path / "s", *arguments, engine=engine) as server:
         result = boot(command, *vfio_user_device(server.socket), memory="256M")
         assert (server.stop(), server.log) == (0, "")
     assert result.status == 0, result.output
@@ -83,7 +87,8 @@ def test_fio_verifies_what_it_wrote_and_the_guest_can_toggle_the_cache(
     assert image_sha256(image) in result.output
 
 
-def test_an_ext4_file_system_survives_and_mounts_read_only(tmp_path: Path) -> None:
+@on_both_engines_if_long
+def test_an_ext4_file_system_survives_and_mounts_read_only(tmp_path: Path, engine: str) -> None:
     """mkfs, mount, write, umount and fsck -f find nothing wrong; a read-only disk mounts and refuses writes."""
     image = make_image(tmp_path / "disk.img", SIZE)
     command = """set -e
@@ -100,7 +105,7 @@ def test_an_ext4_file_system_survives_and_mounts_read_only(tmp_path: Path) -> No
         rm /mnt/program
         umount /mnt
         fsck.ext4 -f -n /dev/vda"""
-    with serve(tmp_path / "s", str(image)) as server:
+    with serve(tmp_path / "s", str(image), engine=engine) as server:
         result = boot(command, *vfio_user_device(server.socket), memory="256M")
         assert result.status == 0, result.output
         assert (server.stop(), server.log) == (0, "")
@@ -114,7 +119,7 @@ def test_an_ext4_file_system_survives_and_mounts_read_only(tmp_path: Path) -> No
         set -e
         mount -t ext4 -o ro /dev/vda /mnt
         grep folder/file /mnt/sums | sha256sum -c"""
-    with serve(tmp_path / "s", "--read-only", str(image)) as server:
+    with serve(tmp_path / "s", "--read-only", str(image), engine=engine) as server:
         result = boot(command, *vfio_user_device(server.socket), memory="256M")
         assert (server.stop(), server.log) == (0, "")
     assert result.status == 0, result.output
@@ -123,7 +128,8 @@ def test_an_ext4_file_system_survives_and_mounts_read_only(tmp_path: Path) -> No
     assert image_sha256(image) == before
 
 
-def test_discard_and_write_zeroes_reach_the_file(tmp_path: Path) -> None:
+@on_both_engines_if_long
+def test_discard_and_write_zeroes_reach_the_file(tmp_path: Path, engine: str) -> None:
     """A blkdiscard makes the sparse file smaller, blkdiscard -z zeroes; what lies beside them stays."""
     image = make_image(tmp_path / "disk.img", SIZE)
     command = """set -e
@@ -131,7 +137,7 @@ def test_discard_and_write_zeroes_reach_the_file(tmp_path: Path) -> None:
         blkdiscard -o 0 -l $((16 << 20)) /dev/vda
         blkdiscard -z -o $((16 << 20)) -l $((8 << 20)) /dev/vda
         dd if=/dev/vda bs=1M iflag=direct | sha256sum"""
-    with serve(tmp_path / "s", str(image)) as server:
+    with serve(tmp_path / "s", str(image), engine=engine) as server:
         result = boot(command, *vfio_user_device(server.socket), memory="256M")
         assert (server.stop(), server.log) == (0, "")
     assert result.status == 0, result.output
@@ -142,7 +148,8 @@ def test_discard_and_write_zeroes_reach_the_file(tmp_path: Path) -> None:
     assert hashlib.sha256(data).hexdigest() in result.output
 
 
-def test_a_disk_with_sectors_of_4096_bytes(tmp_path: Path) -> None:
+@on_both_engines_if_long
+def test_a_disk_with_sectors_of_4096_bytes(tmp_path: Path, engine: str) -> None:
     """--block-size 4096 is what the guest sees, and fio and ext4 work on it."""
     image = make_image(tmp_path / "disk.img", SIZE)
     command = f"""set -e
@@ -156,7 +163,7 @@ def test_a_disk_with_sectors_of_4096_bytes(tmp_path: Path) -> None:
         fsck.ext4 -f -n /dev/vda
         mount -t ext4 -o ro /dev/vda /mnt
         cmp /bin/busybox /mnt/busybox"""
-    with serve(tmp_path / "s", "--block-size", "4096", str(image)) as server:
+    with serve(tmp_path / "s", "--block-size", "4096", str(image), engine=engine) as server:
         result = boot(command, *vfio_user_device(server.socket), memory="256M")
         assert (server.stop(), server.log) == (0, "")
     assert result.status == 0, result.output
@@ -192,8 +199,9 @@ def test_a_python_disk_that_raises_gives_the_guest_an_io_error(tmp_path: Path) -
     assert "KeyError: 'the head has crashed'" in log
 
 
+@on_both_engines_if_long
 @pytest.mark.parametrize(("switch", "bit"), [("packed=on", 1), ("packed=off", 0)])
-def test_the_guest_takes_the_ring_that_is_offered(tmp_path: Path, switch: str, bit: int) -> None:
+def test_the_guest_takes_the_ring_that_is_offered(tmp_path: Path, engine: str, switch: str, bit: int) -> None:
     """Linux negotiates RING_PACKED (bit 34) if it is offered; what it writes in many laps of either ring verifies."""
     image = make_image(tmp_path / "disk.img", SIZE)
     command = f"""set -e
@@ -201,7 +209,7 @@ def test_the_guest_takes_the_ring_that_is_offered(tmp_path: Path, switch: str, b
         {fio("randwrite", "4k", "16M")}
         {fio("write", "256k", "32M", offset="16M")}
         dd if=/dev/vda bs=1M iflag=direct | sha256sum"""
-    with serve(tmp_path / "s", "--features", switch, "--queue-size", "64", str(image)) as server:
+    with serve(tmp_path / "s", "--features", switch, "--queue-size", "64", str(image), engine=engine) as server:
         result = boot(command, *vfio_user_device(server.socket), memory="256M")
         assert (server.stop(), server.log) == (0, "")
     assert result.status == 0, result.output

@@ -28,8 +28,17 @@ OTHERS = {Feature.IN_ORDER, Feature.NOTIF_CONFIG_DATA, Feature.SUSPEND}
 MORE = ",".join(f"{feature.name.lower()}=on" for feature in sorted(TAKEN | OTHERS))
 
 
-@pytest.mark.parametrize("features", ["packed=on", f"packed=on,{MORE}", f"packed=off,{MORE}"])
-def test_a_guest_uses_every_queue(tmp_path: Path, features: str) -> None:
+@pytest.mark.parametrize(
+    ("features", "engine"),
+    [
+        ("packed=on", "native"),
+        ("packed=on", "python"),
+        (f"packed=on,{MORE}", "native"),
+        (f"packed=off,{MORE}", "native"),
+        pytest.param(f"packed=off,{MORE}", "python", marks=pytest.mark.long),
+    ],
+)
+def test_a_guest_uses_every_queue(tmp_path: Path, engine: str, features: str) -> None:
     """Two CPUs get a queue and a vector each, both are used, and what fio writes over them verifies (BLK-003)."""
     image = make_image(tmp_path / "disk.img", SIZE)
     command = f"""set -e
@@ -38,7 +47,7 @@ def test_a_guest_uses_every_queue(tmp_path: Path, features: str) -> None:
         {FIO}
         grep -c 'virtio[0-9]*-req' /proc/interrupts
         awk '/virtio[0-9]*-req/ && $2 + $3 == 0 {{ exit 1 }}' /proc/interrupts"""
-    with serve(tmp_path / "s", "--queues", "2", "--features", features, str(image)) as server:
+    with serve(tmp_path / "s", "--queues", "2", "--features", features, str(image), engine=engine) as server:
         result = boot(command, *vfio_user_device(server.socket), cpus=2, memory="384M")
         assert (server.stop(), server.log) == (0, "")
     assert result.status == 0, result.output
