@@ -117,7 +117,7 @@ def disk_options(command: Command) -> Command:
             default="auto",
             metavar="auto|busy|N",
             callback=_poll,
-            help="Microseconds to look for more before sleeping (auto: while that pays; 0: not at all; busy: for ever).",
+            help="Microseconds to look for more before sleeping (auto: while that pays; 0: none; busy: for ever).",
         ),
         click.option(
             "--io-threads",
