@@ -13,7 +13,7 @@ from vmmblk._core import ffi
 from vmmblk.client.memory import PAGE, GuestMemory, Range
 from vmmblk.client.queue import Descriptor, PackedQueue, Segment, SplitQueue
 from vmmblk.memory import Core, Pause, Region
-from vmmblk.ring import Chain, Queue
+from vmmblk.ring import Chain, Queue, ending
 from vmmblk.spec import NO_VECTOR, DescFlag
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Rig:
 
     def complete(self, *chains: Chain, status: int = 0, written: int = 0) -> None:
         """Complete chains alike."""
-        self.queue.complete([(chain.token, status, written) for chain in chains])
+        self.queue.complete(b"".join(ending(chain.token, status, written) for chain in chains))
 
     def serve(self, written: int = 0) -> list[tuple[int, int]]:
         """Pop and complete what there is; returns what the driver got: (head, length)."""

@@ -15,6 +15,7 @@ import pytest
 from rings import HEADER, PAGE, Life, Range, Rig, Segment, mapping_at, rang
 
 from vmmblk.memory import Alias, Core, Pause, Region
+from vmmblk.ring import ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -322,10 +323,10 @@ def test_nothing_is_popped_while_an_orphan_lives(rig: Rig) -> None:
         for index in range(3):
             three.kicked(index)
         assert [queue.pop() for queue in three.queues] == [[], [], []]
-        three.queues[0].complete([(orphans[0].token, 0, 0)])
+        three.queues[0].complete(ending(orphans[0].token, 0, 0))
         assert [queue.pop() for queue in three.queues] == [[], [], []]
         assert not any(three.kicked(index) for index in range(3))
-        three.queues[1].complete([(orphans[1].token, 0, 0)])
+        three.queues[1].complete(ending(orphans[1].token, 0, 0))
         assert all(three.kicked(index) for index in range(3))
         assert len(three.queues[2].pop()) == 1
 

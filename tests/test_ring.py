@@ -26,8 +26,8 @@ from rings import (
 )
 
 from vmmblk.memory import Core, Pause, Region
-from vmmblk.ring import CorruptRing, Queue, UnreachableRing
-from vmmblk.spec import NO_VECTOR, IsrStatus
+from vmmblk.ring import PLAIN_READ, CorruptRing, Queue, UnreachableRing, ending, endings
+from vmmblk.spec import NO_VECTOR, REQUEST_HEADER, IsrStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -208,6 +208,110 @@ def test_device_readable_data_cannot_be_written_through_its_view(rig: Rig) -> No
     rig.request(b"data" * 128)
     with pytest.raises(TypeError):
         rig.pop_one().views_in[0][0] = 1
+
+
+# ---- plain requests
+
+TERMS = {"sector_size": 512, "sectors": 16, "alignment": 1, "writable": True}
+READ, OUT = 0, 1
+
+
+def asked(rig: Rig, kind: int, sector: int, length: int, **terms: object) -> tuple[int, int, int] | None:
+    """Sector, start and end of a request in one piece that the disk can be given as it is, or None."""
+    rig.queue.set_terms(**{**TERMS, **terms})  # type: ignore[arg-type]
+    data = rig.put(bytes(length), align=4096)
+    header = rig.readable(REQUEST_HEADER.pack(kind, 0, sector))
+    rig.offer(header, Segment(data, length, writable=kind == READ), rig.writable(1))
+    plain, others = rig.queue.plain(rig.queue.take())
+    rig.queue.complete(b"".join(ending(token, 0, 0) for token in rig.queue.tokens(1)))
+    assert len(plain) + len(others) == 1
+    if not plain:
+        return None
+    [(_, told, alias, written, first, start, end)] = plain
+    assert (told == PLAIN_READ, written) == (kind == READ, length if kind == READ else 0)
+    assert (alias, start, end) == (1, data, data + length)
+    return first, start - data, end - data
+
+
+@both
+@pytest.mark.parametrize("kind", [READ, OUT])
+def test_whole_sectors_inside_the_disk_are_plain(rig: Rig, kind: int) -> None:
+    """They can be given to the disk as they are, up to its last sector, in sectors of its own."""
+    assert asked(rig, kind, 0, 512) == (0, 0, 512)
+    assert asked(rig, kind, 15, 512) == (15, 0, 512)
+    assert asked(rig, kind, 0, 16 * 512) == (0, 0, 16 * 512)
+    assert asked(rig, kind, 24, 4096, sector_size=4096, sectors=4) == (3, 0, 4096)
+    assert asked(rig, kind, 0, 4096, alignment=4096) == (0, 0, 4096)
+
+
+@both
+@pytest.mark.parametrize("kind", [READ, OUT])
+@pytest.mark.parametrize(
+    ("sector", "length", "terms"),
+    [
+        (16, 512, {}),
+        (15, 1024, {}),
+        (0, 17 * 512, {}),
+        (TOP - 1, 512, {}),
+        (TOP - 1, 1024, {"sectors": TOP - 1}),
+        (TOP // 512, 512, {}),
+        (0, 511, {}),
+        (0, 513, {}),
+        (1, 4096, {"sector_size": 4096}),
+        (0, 512, {"sector_size": 4096}),
+        (128, 4096, {"sector_size": 4096}),
+        (0, 512, {"alignment": 1024}),
+        (0, 512, {"sectors": 0}),
+    ],
+)
+def test_what_the_disk_might_not_take_is_not_plain(
+    rig: Rig, kind: int, sector: int, length: int, terms: dict[str, int]
+) -> None:
+    """Past the end (however large the sum), not whole sectors, badly aligned: those are looked at again."""
+    assert asked(rig, kind, sector, length, **terms) is None
+
+
+def test_no_write_to_a_read_only_disk_is_plain(rig: Rig) -> None:
+    """And a read of one is."""
+    assert asked(rig, OUT, 0, 512, writable=False) is None
+    assert asked(rig, READ, 0, 512, writable=False) == (0, 0, 512)
+
+
+def test_badly_aligned_memory_is_not_plain(rig: Rig) -> None:
+    """However well aligned its length is."""
+    rig.queue.set_terms(sector_size=512, sectors=16, alignment=512, writable=True)
+    data = rig.put(bytes(1024), align=4096)
+    for offset in (0, 8):
+        rig.offer(rig.readable(bytes(16)), Segment(data + offset, 512, writable=True), rig.writable(1))
+    plain, others = rig.queue.plain(rig.queue.take())
+    assert ([record[5] - data for record in plain], others) == ([0], [1])
+
+
+def test_what_is_laid_out_otherwise_is_not_plain(rig: Rig) -> None:
+    """Another type, half a header, data in pieces or on the wrong side, none, no status: those are looked at again."""
+    rig.queue.set_terms(sector_size=512, sectors=16, alignment=1, writable=True)
+    read, write = (rig.readable(REQUEST_HEADER.pack(kind, 0, 0)) for kind in (READ, OUT))
+    data_in, data_out = rig.readable(bytes(512)), rig.writable(512)
+    status = rig.writable(1)
+    shapes = [
+        [rig.readable(REQUEST_HEADER.pack(4, 0, 0)), data_in, status],
+        [rig.readable(bytes(15)), data_out, status],
+        [write, data_in, rig.readable(bytes(512)), status],
+        [read, data_in, status],
+        [write, data_out, status],
+        [write, data_in, data_out, status],
+        [read, status],
+        [write, data_in],
+        [write, Segment(OUTSIDE, 512, writable=False), status],
+        [read, data_out, status],
+    ]
+    rig.life = rig.life._replace(size=64)
+    rig.restart()
+    for shape in shapes:
+        rig.offer(*shape)
+    plain, others = rig.queue.plain(rig.queue.take())
+    assert (len(plain), others) == (1, list(range(len(shapes) - 1)))
+    assert list(endings(rig.queue.good(1))) == [(plain[0][0], 0, 512)], "how it ends if all goes well"
 
 
 # ---- the areas
@@ -923,7 +1027,7 @@ def test_areas_may_overlap(rig: Rig) -> None:
             put16(two, base + 2, word)
             for queue in two.queues:
                 with contextlib.suppress(CorruptRing):
-                    queue.complete([(chain.token, 0, 0) for chain in queue.pop()])
+                    queue.complete(b"".join(ending(chain.token, 0, 0) for chain in queue.pop()))
     rig.request()
     assert len(rig.serve()) == 1
 
@@ -944,7 +1048,8 @@ def test_each_chain_is_completed_once(rig: Rig) -> None:
     """A token that was completed, that never was, or of another life is ignored, also within one batch."""
     head = rig.request()
     chain = rig.pop_one()
-    rig.queue.complete([(chain.token, 0, 0), (chain.token, 1, 0), (0xFFFF, 0, 0), (0xFFFF_FFFF, 0, 0)])
+    answers = (chain.token, 0), (chain.token, 1), (0xFFFF, 0), (0xFFFF_FFFF, 0)
+    rig.queue.complete(b"".join(ending(token, status, 0) for token, status in answers))
     rig.complete(chain)
     assert rig.ring.get_used() == [(head, 1)]
     assert (rig.ring.used_idx, rig.queue.busy) == (1, 0)
@@ -961,7 +1066,7 @@ def test_each_chain_is_completed_once(rig: Rig) -> None:
 def test_tokens_of_a_queue_that_never_started_are_ignored() -> None:
     """Completing on a fresh queue does nothing."""
     with Rig(start=False) as rig:
-        rig.queue.complete([(0, 0, 0)])
+        rig.queue.complete(ending(0, 0, 0))
         assert rig.ring.used_idx == 0
 
 
@@ -1008,7 +1113,7 @@ def test_a_full_queue_of_32768_is_told_from_an_empty_one() -> None:
         ring.publish()
         done = 0
         while chains := queue.pop():
-            queue.complete([(chain.token, 0, 0) for chain in chains])
+            queue.complete(b"".join(ending(chain.token, 0, 0) for chain in chains))
             done += len(chains)
         assert done == len(ring.get_used()) == 32768
         ring.avail_idx = 1
@@ -1044,10 +1149,10 @@ def test_a_queue_with_very_many_segments_in_flight_waits_for_some_to_end() -> No
         assert 256 <= len(tokens) < 300
         rig.queue.clear_kick()
         assert rig.queue.pop() == []
-        rig.queue.complete([(tokens.pop(), 0, 0)])
+        rig.queue.complete(ending(tokens.pop(), 0, 0))
         assert rig.kicked()
         total = len(tokens) + 1
-        rig.queue.complete([(token, 0, 0) for token in tokens])
+        rig.queue.complete(b"".join(ending(token, 0, 0) for token in tokens))
         while chains := rig.queue.pop():
             rig.complete(*chains)
             total += len(chains)
@@ -1182,7 +1287,7 @@ def test_each_queue_has_its_vector() -> None:
         for queue, ring in zip(rig.queues, rig.rings, strict=True):
             ring.add((rig.writable(1),))
             ring.publish()
-            queue.complete([(chain.token, 0, 0) for chain in queue.pop()])
+            queue.complete(b"".join(ending(chain.token, 0, 0) for chain in queue.pop()))
         assert rig.vectors == [0, 7]
         assert rig.core.peek() == 0
 

@@ -12,7 +12,7 @@ import pytest
 from rings import HEADER, INDIRECT, NEXT, PAGE, WRITE, Descriptor, Life, Range, Rig, Segment
 
 from vmmblk.memory import Core, Region
-from vmmblk.ring import CorruptRing, Queue
+from vmmblk.ring import CorruptRing, Queue, ending
 from vmmblk.spec import DescFlag
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def test_a_full_queue_of_32768_wraps() -> None:
             ring.publish()
             done = 0
             while chains := queue.pop():
-                queue.complete([(chain.token, 0, 0) for chain in chains])
+                queue.complete(b"".join(ending(chain.token, 0, 0) for chain in chains))
                 done += len(chains)
             assert done == len(ring.get_used()) == 32768
         queue.stop()

@@ -56,6 +56,7 @@ __all__ = [
     "SupportsResize",
     "SupportsSecureErase",
     "SupportsSubmit",
+    "SupportsUnchecked",
     "SupportsWriteZeroes",
     "SupportsZones",
     "Topology",
@@ -347,6 +348,14 @@ class SupportsNative(Protocol):
 
     def native(self) -> Native | None:
         """What it is made of; None if it must be called after all."""
+
+
+@runtime_checkable
+class SupportsUnchecked(Protocol):
+    """A wrapper that holds calls against the contract, and trusts a caller who has done so."""
+
+    def unchecked(self) -> Block:
+        """The disk itself, for reads and writes of whole sectors inside it, unless it is read-only or disconnected."""
 
 
 class Operation(enum.Flag):

@@ -7,7 +7,7 @@ The life of a queue, told by the loop that serves one::
         chains = queue.pop()                # at most BATCH; doorbells are armed again when the ring ran dry
         for chain in chains:
             ...                             # use chain.readable_views(), chain.writable_views()
-            done.append((chain.token, status, written))
+            done += ending(chain.token, status, written)
         queue.complete(done)                # status bytes, used ring, one interrupt if the driver wants one
         if len(chains) < queue.BATCH:
             break                           # a doorbell will come
@@ -19,34 +19,53 @@ from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import os
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmmblk._core import ffi, lib
-from vmmblk.spec import REQUEST_HEADER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from vmmblk.memory import Core
 
-__all__ = ["Chain", "CorruptRing", "LostMemory", "Queue", "RingFailure", "Taken", "UnreachableRing"]
+__all__ = [
+    "PLAIN_READ",
+    "Chain",
+    "CorruptRing",
+    "LostMemory",
+    "Plain",
+    "Queue",
+    "RingFailure",
+    "UnreachableRing",
+    "ending",
+    "endings",
+]
 
 _FLAG_NO_STATUS: int = lib.VMM_CHAIN_NO_STATUS
 _FLAG_UNREACHABLE: int = lib.VMM_CHAIN_UNREACHABLE
 _FLAG_NO_FD: int = lib.VMM_CHAIN_NO_FD
 
 
-# struct vmm_chain: one call decodes a batch, where a look at each field would cost more than all the rest.
-_TAKEN = struct.Struct("@IIII IIQ II QQ P IIQP")
+# struct vmm_plain: one call decodes a batch, where a look at each field would cost more than all the rest.
+_PLAIN = struct.Struct("@IIII QQQ")
+_ENDING = struct.Struct("@III")  # struct vmm_completion
+_NOT_PLAIN: int = lib.VMM_NOT_PLAIN
+PLAIN_READ: int = lib.VMM_PLAIN_READ
 
-Taken = tuple[int, ...]
-"""token, flags, error, length of the header; type, reserved, sector; readable and writable segments; readable and
-writable bytes; the address of the segments; alias, length, offset and host address of the first."""
+Plain = tuple[int, int, int, int, int, int, int]
+"""token; PLAIN_READ or else a write; alias; bytes that will have been written to guest memory; the disk's own sector;
+start and end of the data in the alias."""
+
+
+ending: Callable[[int, int, int], bytes] = _ENDING.pack
+"""How a chain ends, for ``Queue.complete``: token, status byte, bytes of writable data written without a gap."""
+
+endings: Callable[[bytes], Iterator[Any]] = _ENDING.iter_unpack
+"""The chains in several endings joined."""
 
 
 class RingFailure(Exception):
@@ -131,9 +150,11 @@ class Queue:
         self._take: Callable[[Any, int], int] = functools.partial(lib.vmm_queue_pop, self.handle)
         self._look: Callable[[Any, int], int] = functools.partial(lib.vmm_queue_poll, self.handle)
         self._chains = ffi.new("struct vmm_chain[]", self.BATCH)
-        self._records = memoryview(ffi.buffer(self._chains))
-        self._done = ffi.new("struct vmm_completion[]", self.BATCH)
-        self._endings = memoryview(ffi.buffer(self._done)).cast("B")
+        self._terms = ffi.new("struct vmm_terms *", (1, 1, 0, False))
+        self._plain = ffi.new("struct vmm_plain[]", self.BATCH)
+        self._records = memoryview(ffi.buffer(self._plain))
+        self._good = ffi.new("struct vmm_completion[]", self.BATCH)
+        self._endings = memoryview(ffi.buffer(self._good))
 
     def close(self) -> None:
         """Close the doorbell.  The queue must be stopped and its thread gone."""
@@ -220,47 +241,67 @@ class Queue:
 
         Raises: CorruptRing, UnreachableRing, LostMemory; they stay until the queue is stopped.
         """
-        return [self.chain(taken) for taken in self.take()]
+        return [self.chain(index) for index in range(self.take())]
 
-    def take(self, *, arm: bool = True) -> list[Taken]:
-        """As ``pop``, but the chains as they come out of C, and without ``arm`` no doorbell is asked for.
+    def take(self, *, arm: bool = True) -> int:
+        """As ``pop``, but only how many chains there are, and without ``arm`` no doorbell is asked for.
 
-        Raises what ``pop`` does.
+        Until the next call ``plain`` and ``chain`` tell what they are.  Raises what ``pop`` does.
         """
         n = self._take(self._chains, self.BATCH) if arm else self._look(self._chains, self.BATCH)
         if n < 0:
             raise _FAILURES[n](f"queue {self.index}")
-        return list(_TAKEN.iter_unpack(self._records[: n * _TAKEN.size]))
+        return n
 
-    def view(self, alias: int, offset: int, length: int, *, writable: bool) -> memoryview:
-        """The guest's own pages of a segment."""
-        mapped = self.aliases[alias]
-        return (mapped.writable if writable else mapped.readable)[offset : offset + length]
+    def set_terms(self, *, sector_size: int, sectors: int, alignment: int, writable: bool) -> None:
+        """What the disk takes, for ``plain``: of a disk of no ``sectors`` nothing is.  From any thread."""
+        self._terms = ffi.new("struct vmm_terms *", (sector_size, alignment, sectors, writable))
 
-    def chain(self, taken: Taken) -> Chain:
-        """A chain with views of its data."""
-        token, flags, error, header_len, *header, split, count, readable, writable, segs, _, _, _, _ = taken
+    def plain(self, count: int) -> tuple[list[Plain], list[int]]:
+        """Of the ``count`` chains taken, those that the disk can be given as they are, and which the others are.
+
+        The former read or write whole sectors inside the disk, in one piece of memory that is aligned as it wants.
+        """
+        found = lib.vmm_chains_plain(self._chains, count, self._terms, self._plain, self._good)
+        records: list[Any] = list(_PLAIN.iter_unpack(self._records[: count * _PLAIN.size]))
+        if found == count:
+            return records, []
+        others = [index for index, record in enumerate(records) if record[1] == _NOT_PLAIN]
+        return [record for record in records if record[1] != _NOT_PLAIN], others
+
+    def good(self, count: int) -> bytes:
+        """The endings of the ``count`` requests that ``plain`` told of, if all goes well."""
+        return bytes(self._endings[: count * _ENDING.size])
+
+    def tokens(self, count: int) -> list[int]:
+        """Of the ``count`` chains taken."""
+        return [self._chains[index].token for index in range(count)]
+
+    def chain(self, index: int) -> Chain:
+        """One of the chains taken, with views of its data."""
+        chain = self._chains[index]
+        split, count = chain.readable_segs, chain.writable_segs
         views: list[memoryview] = []
         addresses = 0
-        if not flags & _FLAG_UNREACHABLE:
-            segments = ffi.cast("struct vmm_seg *", segs)
+        if not chain.flags & _FLAG_UNREACHABLE:
             for i in range(split + count):
-                seg = segments[i]
-                views.append(self.view(seg.alias, seg.offset, seg.len, writable=i >= split))
+                seg = chain.segs[i]
+                mapped = self.aliases[seg.alias]
+                views.append((mapped.readable if i < split else mapped.writable)[seg.offset : seg.offset + seg.len])
                 addresses |= int(ffi.cast("uintptr_t", seg.host))
-        text = REQUEST_HEADER.pack(*header)[:header_len]
-        return Chain(token, flags, text, readable, writable, views[:split], views[split:], addresses, error)
+        header = bytes(ffi.buffer(chain.header))[: chain.header_len]
+        return Chain(
+            chain.token,
+            chain.flags,
+            header,
+            chain.readable,
+            chain.writable,
+            views[:split],
+            views[split:],
+            addresses,
+            chain.error,
+        )
 
-    def complete(self, done: Iterable[tuple[int, int, int]]) -> None:
-        """Complete chains: (token, status, bytes of writable data written without a gap) each."""
-        rest = list(done)
-        while rest:
-            some, rest = rest[: self.BATCH], rest[self.BATCH :]
-            _completions(len(some)).pack_into(self._endings, 0, *itertools.chain.from_iterable(some))
-            lib.vmm_queue_complete(self.handle, self._done, len(some))
-
-
-@functools.cache
-def _completions(count: int) -> struct.Struct:
-    """So many struct vmm_completion, one after the other."""
-    return struct.Struct(f"@{3 * count}I")
+    def complete(self, done: bytes | bytearray) -> None:
+        """Complete chains, by the ``ending`` of each."""
+        lib.vmm_queue_complete(self.handle, ffi.from_buffer("struct vmm_completion[]", done), len(done) // _ENDING.size)

@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from vmmblk.block import (
     Block,
@@ -32,6 +32,7 @@ from vmmblk.block import (
     SupportsLifetime,
     SupportsSecureErase,
     SupportsSubmit,
+    SupportsUnchecked,
     SupportsWriteZeroes,
     SupportsZones,
     Transfer,
@@ -57,11 +58,10 @@ from vmmblk.request import (
     parse,
     parse_ranges,
 )
-from vmmblk.ring import Chain, Queue, RingFailure, Taken
+from vmmblk.ring import PLAIN_READ, Chain, Plain, Queue, RingFailure, ending, endings
 from vmmblk.spec import (
     BLK_ID_BYTES,
     LIFETIME,
-    REQUEST_HEADER,
     SECTOR_SIZE,
     ZONE_APPEND_SECTOR,
     ZONE_DESCRIPTOR,
@@ -94,19 +94,10 @@ _REPORT_ZONES = 16384  # zones told of in one request: 1 MiB
 # CancelledError is one as well, and a disk that exits must not take the event loop with it.
 _FAILURES = (Exception, asyncio.CancelledError, SystemExit)
 
-# looked up once: these are needed for each request
-_IN, _OUT, _OK = int(RequestType.IN), int(RequestType.OUT), Status.OK
-_HEADER = REQUEST_HEADER.size
+_OK = Status.OK  # looked up once: it is needed for each request
 
 Outcome = tuple[Status, int]
 """Status, and how many leading bytes of the device-writable data were written."""
-
-Completion = tuple[int, Status, int]
-"""The token of a chain, and its outcome."""
-
-
-Plain = tuple[bool, int, memoryview, int]
-"""Whether it is a write, the disk's sector, the data, and how much will have been written to guest memory."""
 
 
 class Supervisor(Protocol):
@@ -124,21 +115,18 @@ class InOrder:
 
     def __init__(self) -> None:
         self.taken: collections.deque[int] = collections.deque()
-        """The tokens of the chains that were taken and not completed."""
-        self._ended: dict[int, Completion] = {}
+        """The tokens of the chains that were taken and not completed; those that are never put here need not wait."""
+        self._ended: dict[int, bytes] = {}
 
-    def take(self, token: int) -> None:
-        """A chain was taken; those that are never taken here need not wait."""
-        self.taken.append(token)
-
-    def end(self, completion: Completion) -> list[Completion]:
-        """A chain has ended: what can be completed now, in order."""
+    def end(self, ended: bytes) -> bytes:
+        """Chains have ended: the endings of those that can be completed now, in order."""
         if not self.taken:
-            return [completion]
-        self._ended[completion[0]] = completion
-        ready = []
+            return ended
+        for each in endings(ended):
+            self._ended[each[0]] = ending(*each)
+        ready = b""
         while self.taken and self.taken[0] in self._ended:
-            ready.append(self._ended.pop(self.taken.popleft()))
+            ready += self._ended.pop(self.taken.popleft())
         return ready
 
 
@@ -160,6 +148,7 @@ class Worker:
         patience: Patience | None = None,
     ) -> None:
         self._block = block
+        self._disk = block.unchecked() if isinstance(block, SupportsUnchecked) else block
         self._engine = engine
         self._patience = patience or Patience(0, adaptive=False)
         self._queues = queues
@@ -174,13 +163,13 @@ class Worker:
         self._flush_due = False
         self._flushing = False
         self._limits = Limits(0)
-        self._done: dict[int, list[Completion]] = {queue.index: [] for queue in queues}
+        self._done: dict[int, bytearray] = {queue.index: bytearray() for queue in queues}
         self._in_order = {queue.index: InOrder() for queue in queues}
         self._batching = False
         self._starter: Starter
         self._failed: dict[int, int] = {}  # by queue, the life in which its ring failed
         self._submittable = (
-            block if isinstance(block, SupportsSubmit) and Operation.SUBMIT in operations(block) else None
+            self._disk if isinstance(self._disk, SupportsSubmit) and Operation.SUBMIT in operations(block) else None
         )
         self._looking = False
         self._watched: set[Queue] = set()  # while looking: their doorbells may be off
@@ -191,6 +180,7 @@ class Worker:
         self._stop = asyncio.Event()
         self._zoned = block if isinstance(block, SupportsZones) and Operation.ZONES in operations(block) else None
         self._scale = self._sector_size // SECTOR_SIZE
+        self._set_terms()
         self._private = Room(_BOUNCE_ROOM)
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self.failed: BaseException | None = None
@@ -212,8 +202,20 @@ class Worker:
 
     def grown(self) -> None:
         """The block has become bigger.  From any thread."""
+        self._set_terms()
         if self._engine is not None:
             self._engine.resize(self._block.info.size_bytes)
+
+    def _set_terms(self) -> None:
+        info = self._block.info
+        plainly = self._zoned is None and not self._bounces_all
+        for queue in self._queues:
+            queue.set_terms(
+                sector_size=info.sector_size,
+                sectors=info.size_sectors if plainly else 0,
+                alignment=self._block.buffer_alignment,
+                writable=info.read_write,
+            )
 
     def set_write_cache(self, on: bool) -> None:
         """Whether completed writes may be volatile until the next flush.  From any thread.
@@ -324,17 +326,16 @@ class Worker:
         if self._failed.get(queue.index) == start:
             return 0
         try:
-            batch = queue.take(arm=arm)
+            count = queue.take(arm=arm)
         except RingFailure as error:
             self._failed[queue.index] = start
             self._supervisor.ring_failed(queue, start, error)
             return 0
         if self._limits.features & Feature.IN_ORDER.mask:
-            for token, *_ in batch:
-                self._in_order[queue.index].take(token)
-        if batch:
-            self._serve_batch(queue, batch)
-        return len(batch)
+            self._in_order[queue.index].taken.extend(queue.tokens(count))
+        if count:
+            self._serve_batch(queue, count)
+        return count
 
     def _begin_to_look(self) -> None:
         self._looking = True
@@ -366,90 +367,87 @@ class Worker:
         for queue in watched:
             self._serve(queue)
 
-    def _serve_batch(self, queue: Queue, batch: list[Taken]) -> None:
+    def _serve_batch(self, queue: Queue, count: int) -> None:
         """Begin with every request; those that end without having waited are completed together, at once."""
         self._batching = True
         try:
-            self._starter.begin(self._begun(queue, batch) if self._submittable is None else self._given(queue, batch))
+            self._starter.begin(self._begun(queue, count))
         finally:
             self._batching = False
             if self._done[queue.index]:
                 self._send(queue)
 
-    def _begun(self, queue: Queue, batch: list[Taken]) -> Iterator[Coroutine[Any, None, None]]:
-        for taken, plain in zip(batch, self._plain(queue, batch), strict=True):
-            if plain is None:
-                yield self._serve_chain(queue, queue.chain(taken))
-            else:
-                yield self._transfer_plainly(queue, taken[0], plain)
+    def _begun(self, queue: Queue, count: int) -> Iterator[Coroutine[Any, None, None]]:
+        plain, others = queue.plain(count)
+        for index in others:
+            yield self._serve_chain(queue, queue.chain(index))
+        if plain and self._submittable is not None:
+            yield self._submit(queue, plain, self._submittable)
+        else:
+            plain.reverse()
+            while plain:
+                yield self._serve_plain(queue, plain)
 
-    def _given(self, queue: Queue, batch: list[Taken]) -> Iterator[Coroutine[Any, None, None]]:
-        """The disk gets all reads and writes at once; other requests go their own way."""
-        tokens, transfers = [], []
-        cached = self._write_cache and self._flushable is not None
-        for taken, plain in zip(batch, self._plain(queue, batch), strict=True):
-            if plain is None:
-                yield self._serve_chain(queue, queue.chain(taken))
-            else:
-                write, sector, view, written = plain
-                tokens.append((taken[0], written))
-                transfers.append(Transfer(write, write and cached, sector, [view]))
-        if transfers:
-            yield self._submit(queue, tokens, transfers)
-
-    async def _submit(self, queue: Queue, tokens: list[tuple[int, int]], transfers: list[Transfer]) -> None:
+    async def _submit(self, queue: Queue, plain: list[Plain], disk: SupportsSubmit) -> None:
+        """The disk gets all reads and writes at once."""
+        aliases = queue.aliases
+        cached = self._caches
+        transfers = [
+            Transfer(False, False, sector, [aliases[alias].writable[start:end]])  # noqa: FBT003 - keywords take longer
+            if kind == PLAIN_READ
+            else Transfer(True, cached, sector, [aliases[alias].readable[start:end]])  # noqa: FBT003
+            for _, kind, alias, _, sector, start, end in plain
+        ]
+        ended = queue.good(len(plain))
         failure: BaseException | None = None
         try:
-            await _finished(self._submittable.submit(transfers))  # type: ignore[union-attr]
+            await _finished(disk.submit(transfers))
         except _FAILURES as raised:
             failure = raised
-        ended: list[Completion] = []
-        for (token, written), transfer in zip(tokens, transfers, strict=True):
-            failed = failure if transfer.error is None else transfer.error
-            ended.append((token, _OK, written) if failed is None else (token, self._judge(failed), 0))
+        if failure is not None or [each for each in transfers if each.error is not None]:
+            ended = self._judge_all(plain, transfers, failure)
         self._complete(queue, ended)
 
-    def _plain(self, queue: Queue, batch: list[Taken]) -> list[Plain | None]:
-        """The commonest requests: reads and writes of whole blocks, in one piece that suits the disk; None if other."""
-        if self._bounces_all or self._zoned is not None:
-            return [None] * len(batch)
-        aliases, scale = queue.aliases, self._scale
-        length_mask, address_mask = self._length_mask, self._address_mask
-        found: list[Plain | None] = []
-        for _, flags, error, size, kind, _, sector, outs, ins, _, writable, _, alias, length, offset, host in batch:
-            plain = None
-            if (
-                not (flags or error or (sector * SECTOR_SIZE | length) & length_mask or host & address_mask)
-                and size == _HEADER
-            ):
-                if kind == _IN and not outs and ins == 1:
-                    plain = False, sector // scale, aliases[alias].writable[offset : offset + length], writable
-                elif kind == _OUT and outs == 1 and not ins:
-                    plain = True, sector // scale, aliases[alias].readable[offset : offset + length], 0
-            found.append(plain)
-        return found
+    def _judge_all(self, plain: list[Plain], transfers: list[Transfer], failure: BaseException | None) -> bytes:
+        ended = b""
+        for (token, _, _, written, *_), transfer in zip(plain, transfers, strict=True):
+            failed = failure if transfer.error is None else transfer.error
+            ended += ending(token, _OK, written) if failed is None else ending(token, self._judge(failed), 0)
+        return ended
 
-    async def _transfer_plainly(self, queue: Queue, token: int, plain: Plain) -> None:
-        status = _OK
-        write, sector, view, written = plain
-        try:
-            pending = (self._writer() if write else self._block.read)(sector, [view])
-            if pending is not None:
-                await pending
-        except _FAILURES as failure:
-            status, written = self._judge(failure), 0
-        self._complete(queue, [(token, status, written)])
+    async def _serve_plain(self, queue: Queue, plain: list[Plain]) -> None:
+        """Serve what is left, from the end on; once one waits, somebody else goes on with the rest."""
+        aliases, read, write = queue.aliases, self._disk.read, self._writer(self._disk)
+        cancelling = cast("asyncio.Task[None]", asyncio.current_task()).cancelling
+        while plain:
+            token, kind, alias, written, sector, start, end = plain.pop()
+            status = _OK
+            try:
+                if kind == PLAIN_READ:
+                    pending = read(sector, [aliases[alias].writable[start:end]])
+                else:
+                    pending = write(sector, [aliases[alias].readable[start:end]])
+                if pending is not None:
+                    await pending
+            except _FAILURES as failure:
+                status, written = self._judge(failure), 0
+            self._complete(queue, ending(token, status, written))
+            if cancelling():  # it cancelled itself, which must not befall another
+                return
 
-    def _writer(self) -> Call:
-        flushable = self._flushable if self._write_cache else None
-        return self._block.write if flushable is None else flushable.write_cached
+    @property
+    def _caches(self) -> bool:
+        return self._write_cache and self._flushable is not None
+
+    def _writer(self, disk: Block) -> Call:
+        return cast("SupportsFlush", disk).write_cached if self._caches else disk.write
 
     async def _serve_chain(self, queue: Queue, chain: Chain) -> None:
         try:
             status, written = await self._answer(chain)
         except _FAILURES as failure:
             status, written = self._judge(failure), 0
-        self._complete(queue, [(chain.token, status, written)])
+        self._complete(queue, ending(chain.token, status, written))
 
     def _judge(self, failure: BaseException) -> Status:
         if isinstance(failure, (BadRequest, BlockError, OSError)):  # the guest or the disk: quiet
@@ -471,17 +469,17 @@ class Worker:
         message = "the disk raised %s; the guest gets an I/O error"
         self._bug_log.log(log, logging.ERROR, message, type(error).__name__, cause=error)
 
-    def _complete(self, queue: Queue, ended: list[Completion]) -> None:
+    def _complete(self, queue: Queue, ended: bytes) -> None:
         # what ends in one turn of the loop is sent together: one used index, one interrupt
         done, in_order = self._done[queue.index], self._in_order[queue.index]
         if in_order.taken:
-            ended = [ready for each in ended for ready in in_order.end(each)]
+            ended = in_order.end(ended)
         if ended and not done and not self._batching:
             self._loop.call_soon(self._send, queue)
         done += ended
 
     def _send(self, queue: Queue) -> None:
-        done, self._done[queue.index] = self._done[queue.index], []
+        done, self._done[queue.index] = self._done[queue.index], bytearray()
         queue.complete(done)
 
     # -- a request
@@ -500,7 +498,7 @@ class Worker:
             await self._transfer(self._block.read, request.sector, chain.views_out, chain, fill=True)
             return Status.OK, request.length
         if isinstance(request, Write):
-            await self._transfer(self._writer(), request.sector, chain.views_in, chain, fill=False)
+            await self._transfer(self._writer(self._block), request.sector, chain.views_in, chain, fill=False)
             return Status.OK, 0
         return await self._answer_rare(request, chain)
 

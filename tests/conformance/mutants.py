@@ -255,8 +255,8 @@ MUTANTS = [
     Mutant(
         "BLK-065 writes are cached for a driver that cannot flush",
         "vmmblk/worker.py",
-        "flushable = self._flushable if self._write_cache else None",
-        "flushable = self._flushable",
+        "return self._write_cache and self._flushable is not None",
+        "return self._flushable is not None",
         f"{REQUESTS} durability",
     ),
     Mutant(

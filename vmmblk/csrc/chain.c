@@ -6,8 +6,13 @@
  */
 #include "ring.h"
 
+#include <endian.h>
 #include <stdlib.h>
 #include <string.h>
+
+#define SECTOR 512
+#define TYPE_IN 0
+#define TYPE_OUT 1
 
 bool vmm_wraps(uint64_t iova, uint64_t len)
 {
@@ -198,4 +203,51 @@ bool vmm_chain_table_entry(struct walk *w, uint64_t table, uint32_t index, struc
 		return false;
 	copy_desc(d, p, w->q->config.packed);
 	return true;
+}
+
+static bool within(const struct vmm_terms *t, uint64_t sector, const struct vmm_seg *data)
+{
+	uint32_t scale = t->sector_size / SECTOR;
+	uint64_t first = sector / scale, length = data->len / t->sector_size;
+
+	return !(sector % scale) && !(data->len % t->sector_size) && first <= t->sectors && length <= t->sectors - first &&
+	       !(((uintptr_t)data->host | data->len) & (t->alignment - 1));
+}
+
+static struct vmm_plain plain(const struct vmm_chain *c, const struct vmm_terms *t)
+{
+	const struct vmm_seg *data = &c->first;
+	bool write = c->readable_segs;
+	uint32_t type;
+	uint64_t sector;
+
+	memcpy(&type, c->header, sizeof(type));
+	memcpy(&sector, c->header + 8, sizeof(sector));
+	type = le32toh(type);
+	sector = le64toh(sector);
+	if (c->flags || c->error || c->header_len != VMM_HEADER_SIZE || c->readable_segs + c->writable_segs != 1 ||
+	    type != (write ? TYPE_OUT : TYPE_IN) || (write && !t->writable) || !within(t, sector, data))
+		return (struct vmm_plain){ .token = c->token, .kind = VMM_NOT_PLAIN };
+	return (struct vmm_plain){
+		.token = c->token, .kind = write ? VMM_PLAIN_WRITE : VMM_PLAIN_READ, .alias = data->alias,
+		.written = (uint32_t)c->writable, .sector = sector / (t->sector_size / SECTOR),
+		.start = data->offset, .end = data->offset + data->len,
+	};
+}
+
+/*
+ * Look for the commonest requests, those that need no second look: one answer for each chain, how many are plain, and
+ * how these end if all goes well.
+ */
+int vmm_chains_plain(const struct vmm_chain *chains, int n, const struct vmm_terms *terms, struct vmm_plain *out,
+		     struct vmm_completion *good)
+{
+	int found = 0;
+
+	for (int i = 0; i < n; i++) {
+		out[i] = plain(&chains[i], terms);
+		if (out[i].kind != VMM_NOT_PLAIN)
+			good[found++] = (struct vmm_completion){ .token = out[i].token, .written = out[i].written };
+	}
+	return found;
 }

@@ -62,6 +62,25 @@ struct vmm_chain {
 	struct vmm_seg first;
 };
 
+/* What the disk takes: whole sectors of its own, inside it, from memory that is aligned so. */
+struct vmm_terms {
+	uint32_t sector_size, alignment;
+	uint64_t sectors;
+	bool writable;
+};
+
+/* A read or write in one piece that is within these terms: all there is to know of it. */
+enum { VMM_NOT_PLAIN, VMM_PLAIN_READ, VMM_PLAIN_WRITE };
+
+struct vmm_plain {
+	uint32_t token;
+	uint32_t kind;			/* VMM_NOT_PLAIN: what follows means nothing */
+	uint32_t alias;
+	uint32_t written;		/* to guest memory, if all goes well */
+	uint64_t sector;		/* the disk's own */
+	uint64_t start, end;		/* of the data in the alias */
+};
+
 struct vmm_completion {
 	uint32_t token;
 	uint32_t status;
@@ -203,6 +222,10 @@ int vmm_memory_map(struct vmm_memory *m, uint64_t iova, uint64_t size, uint64_t 
 int vmm_memory_unmap(struct vmm_memory *m, uint64_t iova, uint64_t size, uint32_t *alias);
 int vmm_alias_swap(struct vmm_memory *m, struct vmm_region *r, uint8_t *stand_in, struct vmm_alias *out);
 void vmm_alias_release(uint64_t map_base, uint64_t map_len);
+
+/* chain.c */
+int vmm_chains_plain(const struct vmm_chain *chains, int n, const struct vmm_terms *terms, struct vmm_plain *out,
+		     struct vmm_completion *good);
 
 /* queue.c: those below with the queue's lock held */
 void vmm_queue_orphan_locked(struct vmm_queue *q);

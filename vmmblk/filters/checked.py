@@ -3,7 +3,8 @@
 It sits on top of every disk.  A call that asks for what the disk does not have fails here, and the disk never sees it:
 after ``disconnect`` with Disconnected, a change of a read-only disk with IsReadOnly, an operation that the disk lacks
 with Unimplemented, sectors outside the disk or a buffer that is not whole sectors with Unknown; a zone outside the disk
-with ZoneInvalidCommand.
+with ZoneInvalidCommand.  The worker has the commonest reads and writes held against the same rules in C, a batch at a
+time, and gives these to the disk itself.
 """
 
 from __future__ import annotations
@@ -94,6 +95,10 @@ class Checked(Filter):
     def native(self) -> Native | None:
         """That of the disk: an engine checks what is checked here."""
         return self._native_below()
+
+    def unchecked(self) -> Block:
+        """The disk, for reads and writes that were held against ``info`` already."""
+        return self.block
 
     async def submit(self, batch: Sequence[Transfer]) -> None:
         """Check each, then ``submit`` those that are right."""
