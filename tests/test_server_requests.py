@@ -908,3 +908,41 @@ def test_a_request_may_outlive_thousands_of_others(serve: Serve) -> None:
         disk.release()
         assert v.wait(slow).status == OK
     assert disk.data[7 * 512 : 8 * 512] == PATTERN[:512]
+
+
+def test_a_disk_that_cancels_its_task_harms_no_other_request(serve: Serve) -> None:
+    """Not even those that are begun right after, and wait."""
+
+    class Rash(Disk):
+        async def read(self, sector_start: int, *_: Any) -> None:
+            if sector_start % 3:
+                await asyncio.sleep(0)
+            else:
+                asyncio.current_task().cancel()  # type: ignore[union-attr]
+
+    with attach(serve(Rash()).path) as v:
+        reads = [v.submit(RequestType.IN, sector, data_in=512) for sector in range(12)]
+        v.kick()
+        v.wait_all(reads)
+        assert [each.status for each in reads] == [Status.OK] * 12
+
+
+def test_who_waits_holds_up_nobody_that_came_with_it(serve: Serve) -> None:
+    """Of requests made together those end that do not wait, whatever comes before or after them."""
+
+    class Slow(Disk):
+        async def read(self, sector_start: int, buffers: Any) -> None:
+            if sector_start % 2:
+                await super().read(sector_start, buffers)
+
+    served = serve(Slow())
+    served.disk.held.add("read")
+    with attach(served.path) as v:
+        reads = [v.submit(RequestType.IN, sector, data_in=512) for sector in range(12)]
+        v.kick()
+        v.wait_all(reads[::2])
+        served.disk.wait_for("read", 6)
+        assert not any(each.done for each in reads[1::2])
+        served.disk.release()
+        v.wait_all(reads)
+        assert [each.status for each in reads] == [Status.OK] * 12
