@@ -351,3 +351,16 @@ def test_submit_may_hand_back_a_future(serve: Serve) -> None:
     with attach(served.path) as v:
         assert statuses(v, [(IN, 0)]) == [Status.OK]
     assert served.disk.count("submit") == 1
+
+
+def test_a_disk_may_sort_its_batch(serve: Serve) -> None:
+    """What failed is told of the request that failed."""
+
+    class Sorts(Batches):
+        async def submit(self, batch: Sequence[Transfer]) -> None:
+            assert isinstance(batch, list)
+            batch.sort(key=lambda transfer: transfer.sector_start)
+            batch[0].error = Unimplemented("no")
+
+    with attach(serve(Sorts()).path) as v:
+        assert statuses(v, [(IN, each) for each in (3, 2, 1, 4)]) == [Status.OK, Status.OK, Status.UNSUPP, Status.OK]

@@ -401,7 +401,7 @@ class Worker:
         ended = queue.good(len(plain))
         failure: BaseException | None = None
         try:
-            await _finished(disk.submit(transfers))
+            await _finished(disk.submit(list(transfers)))  # a disk may sort its own
         except _FAILURES as raised:
             failure = raised
         if failure is not None or [each for each in transfers if each.error is not None]:
