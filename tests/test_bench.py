@@ -20,8 +20,9 @@ from vmmblk.backends.memory import Memory
 from vmmblk.cli.bench import bench
 from vmmblk.cli.fio import PERCENTILES, report
 from vmmblk.client import wire
-from vmmblk.client.bench import Direction, Impossible, Kick, Outcome, Wait, Workload, is_indirect, mappable, run, shares
+from vmmblk.client.bench import Direction, Impossible, Kick, Outcome, Wait, Workload, is_indirect, run, shares
 from vmmblk.client.connection import Connection, RegionInfo
+from vmmblk.client.doorbells import mappable
 from vmmblk.client.latency import Latencies, bucket_range
 from vmmblk.engine import EngineOptions
 from vmmblk.errors import Unknown

@@ -59,9 +59,9 @@ def _block(context: click.Context, parameter: click.Parameter, value: str) -> in
 @click.option("--ring", type=click.Choice(["split", "packed"]), default="split", help="Format of the virtqueues.")
 @click.option(
     "--kick",
-    type=click.Choice(["write", "mmap", "poll"]),
+    type=click.Choice(["write", "mmap", "eventfd", "poll"]),
     default="write",
-    help="Notify by messages, by stores into mapped doorbells, or, if the server looks by itself, never (poll).",
+    help="Notify by messages, stores into mapped doorbells, eventfds, or, if the server looks by itself, never (poll).",
 )
 @click.option(
     "--wait",

@@ -25,43 +25,22 @@ from typing import TYPE_CHECKING, Any
 from vmmblk._core import ffi, lib
 from vmmblk.client import wire
 from vmmblk.client.connection import Connection
+from vmmblk.client.doorbells import Kick
 from vmmblk.client.driver import SUPPORTED, VirtioBlk
-from vmmblk.client.errors import ProtocolError
+from vmmblk.client.errors import Impossible, ProtocolError
 from vmmblk.client.interrupts import Interrupts
 from vmmblk.client.latency import Latencies
 from vmmblk.client.memory import PAGE, GuestMemory
-from vmmblk.spec import SECTOR_SIZE, BlkConfig, DeviceStatus, Feature, PciCapType
+from vmmblk.spec import SECTOR_SIZE, BlkConfig, DeviceStatus, Feature
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from vmmblk.client.connection import RegionInfo
-
-__all__ = ["Direction", "Impossible", "Kick", "Outcome", "Wait", "Workload", "mappable", "run"]
+__all__ = ["Direction", "Impossible", "Kick", "Outcome", "Wait", "Workload", "run"]
 
 _DESCRIPTORS = 3  # header, data, status
 _LOOK_SECONDS = 0.1
 _RING_ROOM = 2 << 20  # for the areas of the longest ring
-_REGION_INFO_MAX = 4096
-_CAP_HEADER = struct.Struct("<HHI")  # id, version, where the next is
-_CAP_SPARSE_MMAP = 1
-_SPARSE_HEADER = struct.Struct("<II")  # areas, reserved
-_SPARSE_AREA = struct.Struct("<QQ")
-
-
-class Impossible(ValueError):
-    """The device cannot do what is asked; the message says what to ask for instead."""
-
-
-class Kick(enum.Enum):
-    """How the device is notified."""
-
-    WRITE = "write"
-    """By messages, as QEMU does."""
-    MMAP = "mmap"
-    """By stores to the device's memory, where it lets it be mapped."""
-    POLL = "poll"
-    """Never: for servers that look by themselves."""
 
 
 class Wait(enum.Enum):
@@ -207,8 +186,11 @@ def _driver(connection: Connection, memory: GuestMemory, workload: Workload) -> 
             queues=workload.queues,
             interrupts=interrupts,
             timeout=workload.timeout,
+            kick=workload.kick,
             start=False,
         )
+    except Impossible:
+        raise
     except ValueError as exc:
         raise Impossible("the device has no MSI-X; use --wait poll") from exc
 
@@ -289,13 +271,12 @@ def _jobs(driver: VirtioBlk, workload: Workload) -> Iterator[list[_Job]]:
     """A job for each queue that has something to do."""
     parts = shares(workload, driver.capacity * SECTOR_SIZE)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_doorbells(driver)) if workload.kick is Kick.MMAP else None
         jobs = []
         for index, (first, blocks) in enumerate(parts):
             requests = None if workload.requests is None else _share(workload.requests, index, workload.queues)
             if requests != 0:
                 job = _job(driver, workload, index, (first, blocks), requests or 0)
-                _aim(job, driver, workload.kick, index, bar)
+                _aim(job, driver, workload.kick, index)
                 stack.callback(_let_go, job)
                 jobs.append(job)
         yield jobs
@@ -334,14 +315,17 @@ def _job(driver: VirtioBlk, workload: Workload, index: int, part: tuple[int, int
     return _Job(job, *outcomes, ffi.new("uint64_t *"), keep=keep)
 
 
-def _aim(job: _Job, driver: VirtioBlk, kick: Kick, index: int, bar: _Doorbells | None) -> None:
+def _aim(job: _Job, driver: VirtioBlk, kick: Kick, index: int) -> None:
     """Tell the loop how this queue's doorbell is rung."""
-    job.job.queue, job.job.socket = index, driver.connection.fileno()
-    number, offset = _doorbell(driver, index)
-    if bar is not None:
-        job.job.doorbell = ffi.cast("uint16_t *", bar.address(offset))
+    job.job.queue, job.job.socket, job.job.kick_fd = index, driver.connection.fileno(), -1
+    offset = driver.doorbell_offset(index)
+    if kick is Kick.MMAP:
+        job.job.doorbell = ffi.cast("uint16_t *", driver.doorbells.address(offset))
+    elif kick is Kick.EVENTFD:
+        job.job.kick_fd = driver.doorbells.eventfd(offset)
     elif kick is Kick.WRITE:
-        payload = wire.encode_region_write(number, offset, index.to_bytes(2, "little"))
+        notify = driver.pci.notify
+        payload = wire.encode_region_write(notify.bar, notify.offset + offset, index.to_bytes(2, "little"))
         message = wire.encode(0, wire.Command.REGION_WRITE, payload, wire.HeaderFlag.NO_REPLY)
         buffer = ffi.new("uint8_t[]", message)
         job.job.message, job.job.message_len = buffer, len(message)
@@ -354,81 +338,6 @@ def _slot_size(workload: Workload) -> int:
 
 def _share(total: int, index: int, parts: int) -> int:
     return total * (index + 1) // parts - total * index // parts
-
-
-# Doorbells that can be mapped.
-
-
-def _doorbell(driver: VirtioBlk, index: int) -> tuple[int, int]:
-    """Where the doorbell of a queue is: BAR, and offset there."""
-    capabilities = driver.pci.virtio_capabilities
-    notify = next(each for each in capabilities if each.cfg_type == PciCapType.NOTIFY_CFG and each.bar <= 5)
-    return notify.bar, notify.offset + driver.device.notify_offset(index)
-
-
-def mappable(info: RegionInfo) -> list[tuple[int, int]]:
-    """The parts of a region that the client may map: offset and size of each.
-
-    Without a list of them (VFIO's sparse mmap capability) it is all of a region that has the MMAP flag.
-    """
-    if not info.flags & wire.RegionFlag.MMAP or not info.fds:
-        return []
-    start, position = wire.REGION_INFO.size, wire.REGION_INFO.size
-    while info.flags & wire.RegionFlag.CAPS and start <= position <= start + len(info.capabilities) - _CAP_HEADER.size:
-        cap_id, _, following = _CAP_HEADER.unpack_from(info.capabilities, position - start)
-        if cap_id == _CAP_SPARSE_MMAP:
-            return _areas(info.capabilities[position - start + _CAP_HEADER.size :])
-        if following <= position:
-            break
-        position = following
-    return [(0, info.size)]
-
-
-def _areas(body: bytes) -> list[tuple[int, int]]:
-    if len(body) < _SPARSE_HEADER.size:
-        return []
-    count, _ = _SPARSE_HEADER.unpack_from(body)
-    listed = body[_SPARSE_HEADER.size :][: count * _SPARSE_AREA.size]
-    return list(_SPARSE_AREA.iter_unpack(listed[: len(listed) // _SPARSE_AREA.size * _SPARSE_AREA.size]))
-
-
-class _Doorbells:
-    """The area of the BAR in which the doorbells are, mapped."""
-
-    def __init__(self, fd: int, place: int, start: int, size: int) -> None:
-        self._start, self._size = start, size
-        self._pages = mmap.mmap(fd, size, offset=place + start)
-        self._buffer = ffi.from_buffer(self._pages)
-
-    def close(self) -> None:
-        """Unmap it."""
-        ffi.release(self._buffer)
-        self._pages.close()
-
-    def address(self, offset: int) -> int:
-        """The address here of a doorbell.  Raises Impossible if it is not mapped."""
-        if not self._start <= offset <= self._start + self._size - 2:
-            raise Impossible(_NO_DOORBELLS)
-        return int(ffi.cast("uintptr_t", self._buffer)) + offset - self._start
-
-
-_NO_DOORBELLS = "the server does not let its doorbells be mapped; use --kick write, or start it so that it does"
-
-
-@contextlib.contextmanager
-def _doorbells(driver: VirtioBlk) -> Iterator[_Doorbells]:
-    number, offset = _doorbell(driver, 0)
-    info = driver.connection.region_info(number, argsz=_REGION_INFO_MAX)
-    try:
-        around = [(start, size) for start, size in mappable(info) if start <= offset < start + size]
-        if not around:
-            raise Impossible(_NO_DOORBELLS)
-        bell = _Doorbells(info.fds[0], info.offset, *around[0])
-    finally:
-        for fd in info.fds:
-            os.close(fd)
-    with contextlib.closing(bell):
-        yield bell
 
 
 # Doing it.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import struct
     from collections.abc import Mapping, Sequence
 
-__all__ = ["VMM_CAPABILITIES", "Connection", "DeviceInfo", "DmaTarget", "IrqInfo", "RegionInfo"]
+__all__ = ["VMM_CAPABILITIES", "Connection", "DeviceInfo", "DmaTarget", "IoFd", "IrqInfo", "RegionInfo", "RegionIoFds"]
 
 VMM_CAPABILITIES: Mapping[str, Any] = {
     "max_msg_fds": 16,
@@ -69,6 +69,32 @@ class RegionInfo(NamedTuple):
     size: int
     offset: int
     capabilities: bytes
+    fds: tuple[int, ...]
+
+
+class IoFd(NamedTuple):
+    """A descriptor that stands for accesses of ``size`` bytes at ``offset`` of a region (0: of any size).
+
+    ``fd`` is the number of a descriptor in :class:`RegionIoFds`; ``type`` 0 is an eventfd.
+    """
+
+    offset: int
+    size: int
+    fd: int
+    type: int
+    flags: int
+
+
+class RegionIoFds(NamedTuple):
+    """The answer to GET_REGION_IO_FDS.
+
+    ``argsz`` is what the whole answer needs, ``total`` how many sub-regions there are; with less room than that there
+    are none of them.  The caller owns ``fds``.
+    """
+
+    argsz: int
+    total: int
+    sub_regions: tuple[IoFd, ...]
     fds: tuple[int, ...]
 
 
@@ -214,6 +240,17 @@ class Connection:
             raise
         return RegionInfo(needed, flags, size, offset, payload[wire.REGION_INFO.size :], fds)
 
+    def region_io_fds(self, index: int, argsz: int = wire.IO_FDS.size) -> RegionIoFds:
+        """The descriptors that stand for accesses to a region; a bigger ``argsz`` leaves room for them."""
+        ask = wire.IO_FDS.pack(argsz, 0, index, 0)
+        payload, fds = self.request(Command.DEVICE_GET_REGION_IO_FDS, ask)
+        try:
+            needed, _, _, total = _unpack(wire.IO_FDS, payload)
+            return RegionIoFds(needed, total, _sub_regions(payload[wire.IO_FDS.size :], total, fds), fds)
+        except ProtocolError:
+            _close_all(fds)
+            raise
+
     def irq_info(self, index: int) -> IrqInfo:
         """A kind of interrupt: how many vectors the device has of it."""
         payload = self._simple(Command.DEVICE_GET_IRQ_INFO, wire.IRQ_INFO.pack(wire.IRQ_INFO.size, 0, index, 0))
@@ -349,6 +386,22 @@ class Connection:
             raise ValueError("DMA_WRITE with the wrong amount of data")
         self.dma_target.write(iova, data)
         return wire.DMA_ACCESS.pack(iova, count)
+
+
+def _sub_regions(body: bytes, count: int, fds: Sequence[int]) -> tuple[IoFd, ...]:
+    """What a list of sub-regions says; its elements are of one size, which is not known beforehand."""
+    if not body:
+        return ()
+    step, rest = divmod(len(body), max(count, 1))
+    if rest or step < wire.IO_FD.size:
+        raise ProtocolError(f"{len(body)} bytes do not tell of {count} sub-regions")
+    found = []
+    for at in range(0, len(body), step):
+        offset, size, index, kind, flags = wire.IO_FD.unpack_from(body, at)
+        if index >= len(fds):
+            raise ProtocolError(f"a sub-region names descriptor {index} of {len(fds)}")
+        found.append(IoFd(offset, size, fds[index], kind, flags))
+    return tuple(found)
 
 
 def _connect(path: str | os.PathLike[str], timeout: float) -> socket.socket:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmmblk.client.connection import Connection
 from vmmblk.client.device import VirtioDevice
+from vmmblk.client.doorbells import Doorbells, Kick
 from vmmblk.client.errors import NeedsReset, ProtocolError
 from vmmblk.client.interrupts import InterruptLines, Interrupts
 from vmmblk.client.memory import GuestMemory
@@ -82,8 +83,10 @@ class VirtioBlk:
     ``features`` masks what is accepted of the offer (default: SUPPORTED).  ``queue_size`` is an upper bound.
     ``queues`` is how many to set up.  ``indirect`` uses indirect tables for every chain; by default only for chains
     that do not fit otherwise.  ``window`` goes through the PCI_CFG window; ``posted=False`` waits for the reply to
-    each BAR write.  ``interrupts`` are MSI-X by default, or INTx on a device without it.  With ``start=False`` nothing
-    is written to the device until ``init`` is called.
+    each BAR write.  ``kick`` is how doorbells are rung.  ``interrupts`` are MSI-X by default, or INTx on a device
+    without it.  With ``start=False`` nothing is written to the device until ``init`` is called.
+
+    Raises ValueError if the device has not these interrupts, Impossible if not these doorbells.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class VirtioBlk:
         indirect: bool | None = None,
         window: bool = False,
         posted: bool = True,
+        kick: Kick = Kick.WRITE,
         timeout: float = 5.0,
         start: bool = True,
     ) -> None:
@@ -121,7 +125,12 @@ class VirtioBlk:
         self._generation = 0
         if interrupts is None:
             interrupts = Interrupts.INTX if self.pci.msix is None else Interrupts.MSIX
-        self.lines = InterruptLines(self.pci, interrupts, queues)
+        self.doorbells = Doorbells(self.pci, kick)
+        try:
+            self.lines = InterruptLines(self.pci, interrupts, queues)
+        except BaseException:
+            self.doorbells.close()
+            raise
         if start:
             try:
                 self.init()
@@ -133,6 +142,7 @@ class VirtioBlk:
         """Forget the device and close the eventfds.  It is not reset; the connection and memory stay open."""
         self.forget()
         self.lines.close()
+        self.doorbells.close()
 
     # The life of a device.
 
@@ -339,9 +349,14 @@ class VirtioBlk:
         """Notify the device, whatever the ring says."""
         offset, notify_id = self._doorbells[queue]
         if self.has(Feature.NOTIFICATION_DATA):
-            self.pci.notify.write(offset, 4, notify_id | self.queues[queue].notification_data << 16)
+            data = notify_id | self.queues[queue].notification_data << 16
+            self.doorbells.ring(offset, data.to_bytes(4, "little"))
         else:
-            self.pci.notify.write(offset, 2, notify_id)
+            self.doorbells.ring(offset, notify_id.to_bytes(2, "little"))
+
+    def doorbell_offset(self, queue: int = 0) -> int:
+        """Where in the notification structure the doorbell of ``queue`` is."""
+        return self._doorbells[queue][0]
 
     def poll(self, queue: int = 0) -> int:
         """Take what the device has completed, without waiting; returns how many.  Raises ProtocolError."""

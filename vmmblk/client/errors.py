@@ -9,6 +9,7 @@
         +-- ProtocolError    the server or the device broke a rule of vfio-user or virtio
     StatusError              the device completed a request with a status other than OK
     NeedsReset               the device set DEVICE_NEEDS_RESET
+    Impossible               (ValueError) the device or its server has not what is asked for
     QueueFull                the chain does not fit into the descriptors that are free
 """
 
@@ -18,7 +19,7 @@ import os
 
 from vmmblk.spec import Status
 
-__all__ = ["NeedsReset", "ProtocolError", "QueueFull", "RemoteError", "StatusError"]
+__all__ = ["Impossible", "NeedsReset", "ProtocolError", "QueueFull", "RemoteError", "StatusError"]
 
 
 class RemoteError(OSError):
@@ -39,6 +40,10 @@ class StatusError(Exception):
     def __init__(self, status: int) -> None:
         self.status: int = Status(status) if status in Status.__members__.values() else status
         super().__init__(getattr(self.status, "name", f"status {status:#x}"))
+
+
+class Impossible(ValueError):
+    """The device cannot do what is asked; the message says what to ask for instead."""
 
 
 class NeedsReset(Exception):

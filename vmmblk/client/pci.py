@@ -117,12 +117,12 @@ class WindowAccess:
 
 
 class Structure:
-    """One virtio structure in a BAR: common config, ISR, device config or notifications."""
+    """One virtio structure, at ``offset`` of ``bar``: common config, ISR, device config or notifications."""
 
     def __init__(self, access: BarAccess, bar: int, offset: int, length: int) -> None:
         self._access = access
-        self._bar = bar
-        self._offset = offset
+        self.bar = bar
+        self.offset = offset
         self.length = length
 
     def read(self, offset: int, width: int) -> int:
@@ -136,11 +136,11 @@ class Structure:
 
     def read_bytes(self, offset: int, length: int) -> bytes:
         """Any bytes, in one access; nothing checks that they lie within the structure."""
-        return self._access.read(self._bar, self._offset + offset, length)
+        return self._access.read(self.bar, self.offset + offset, length)
 
     def write_bytes(self, offset: int, data: bytes) -> None:
         """Any bytes, in one access; nothing checks that they lie within the structure."""
-        self._access.write(self._bar, self._offset + offset, data)
+        self._access.write(self.bar, self.offset + offset, data)
 
 
 class PciDevice:

@@ -16,6 +16,8 @@ __all__ = [
     "DMA_MAP",
     "DMA_UNMAP",
     "HEADER",
+    "IO_FD",
+    "IO_FDS",
     "IRQ_INFO",
     "IRQ_SET",
     "MESSAGE_SIZE_MAX",
@@ -129,6 +131,12 @@ DEVICE_INFO = struct.Struct("<IIII")
 
 REGION_INFO = struct.Struct("<IIIIQQ")
 """argsz, flags, index, cap_offset, size, offset."""
+
+IO_FDS = struct.Struct("<IIII")
+"""argsz, flags, index, count; that many sub-regions follow, all of one size, in the answer."""
+
+IO_FD = struct.Struct("<QQIII")
+"""offset, size, fd_index, type, flags of a sub-region; the rest depends on the server's version."""
 
 IRQ_INFO = struct.Struct("<IIII")
 """argsz, flags, index, count."""

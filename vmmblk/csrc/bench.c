@@ -277,9 +277,11 @@ static int kick(struct bench *b)
 {
     const struct vdrv_job *j = b->job;
 
-    if (!j->doorbell && !j->message)
+    if (!j->doorbell && !j->message && j->kick_fd < 0)
         return 0;
     b->outcome->kicks++;
+    if (j->kick_fd >= 0)
+        return eventfd_write(j->kick_fd, 1) ? -errno : 0;
     if (!j->doorbell)
         return send_message(b);
     *j->doorbell = j->queue;

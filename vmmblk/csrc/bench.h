@@ -36,12 +36,14 @@ struct vdrv_job {
     uint64_t runtime_ns;
     uint64_t requests;
 
-    /* How the device is notified: by this message on this socket, by a store to this doorbell, or (both unset) not. */
+    /* How the device is notified: by this message on this socket, by a store to this doorbell, by this eventfd, or (those
+     * unset, the eventfd -1) not. */
     int socket;
     const uint8_t *message;
     uint32_t message_len;
     volatile uint16_t *doorbell;
     uint16_t queue;
+    int kick_fd;
 
     /* An eventfd to sleep on until something is used, or -1 to look all the time. */
     int interrupt_fd;
