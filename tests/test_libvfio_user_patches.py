@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vmmblk.client import wire
-from vmmblk.client.connection import Connection
+from vmmblk.client.connection import VMM_CAPABILITIES, Connection
 from vmmblk.client.errors import RemoteError
 from vmmblk.client.wire import Command, DmaFlag, IrqIndex, IrqSetFlag
 
@@ -236,3 +236,13 @@ def test_attach_timeout(server: Server) -> None:
         wait_until_read(silent)
         with Connection(server.path, timeout=8) as client:
             assert client.get_info().num_irqs == 5
+
+
+@pytest.mark.parametrize("limit", [1, 16])
+def test_io_fds_limit(server: Server, limit: int) -> None:
+    """A client that can receive so many descriptors in one message gets so many ioeventfds of twenty."""
+    with Connection(server.path, capabilities={**VMM_CAPABILITIES, "max_msg_fds": limit}) as client:
+        answer = client.region_io_fds(1, argsz=4096)
+        assert (answer.total, len(answer.sub_regions), len(answer.fds)) == (limit, limit, limit)
+        for fd in answer.fds:
+            os.close(fd)

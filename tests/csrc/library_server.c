@@ -3,13 +3,15 @@
  * Usage: library_server SOCKET. Prints a line once it listens, and serves one client after another until it is killed.
  * Four MSI-X vectors, one INTx, DMA, and a region 0 of 16 bytes: a 32-bit write at 0 triggers that vector, and a read
  * there gives the errno of the last trigger; a read at 4 gives how often close() was called for what was not open; a
- * read of one byte at 8 gives the last byte of the DMA region that was mapped last.
+ * read of one byte at 8 gives the last byte of the DMA region that was mapped last. Region 1 has 20 bytes and an ioeventfd
+ * for each.
  *
  * Linked with --wrap=close, so that the library's calls of close() come here. */
 #include <errno.h>
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/eventfd.h>
 
 #include <vfio-user/libvfio-user.h>
 
@@ -59,6 +61,16 @@ static void unmap(vfu_ctx_t *ctx, vfu_dma_info_t *info)
 	(void)info;
 }
 
+static int offer_ioeventfds(vfu_ctx_t *ctx)
+{
+	if (vfu_setup_region(ctx, VFU_PCI_DEV_BAR1_REGION_IDX, 20, access_region, VFU_REGION_FLAG_RW, NULL, 0, -1, 0) < 0)
+		return -1;
+	for (size_t at = 0; at < 20; at++)
+		if (vfu_create_ioeventfd(ctx, VFU_PCI_DEV_BAR1_REGION_IDX, eventfd(0, EFD_CLOEXEC), at, 1, 0, 0) < 0)
+			return -1;
+	return 0;
+}
+
 static void wait_for(vfu_ctx_t *ctx)
 {
 	struct pollfd fd = { .fd = vfu_get_poll_fd(ctx), .events = POLLIN };
@@ -75,7 +87,7 @@ int main(int argc, char **argv)
 	ctx = vfu_create_ctx(VFU_TRANS_SOCK, argv[1], LIBVFIO_USER_FLAG_ATTACH_NB, NULL, VFU_DEV_TYPE_PCI);
 	if (ctx == NULL || vfu_pci_init(ctx, VFU_PCI_TYPE_CONVENTIONAL, PCI_HEADER_TYPE_NORMAL, 0) < 0 ||
 	    vfu_setup_region(ctx, VFU_PCI_DEV_BAR0_REGION_IDX, 16, access_region, VFU_REGION_FLAG_RW, NULL, 0, -1, 0) < 0 ||
-	    vfu_setup_device_nr_irqs(ctx, VFU_DEV_INTX_IRQ, 1) < 0 ||
+	    offer_ioeventfds(ctx) < 0 || vfu_setup_device_nr_irqs(ctx, VFU_DEV_INTX_IRQ, 1) < 0 ||
 	    vfu_setup_device_nr_irqs(ctx, VFU_DEV_MSIX_IRQ, 4) < 0 ||
 	    vfu_setup_device_dma(ctx, map, unmap) < 0 || vfu_realize_ctx(ctx) < 0) {
 		perror("library_server");
