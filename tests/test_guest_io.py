@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
-from guests import MIB, boot, fio, make_image, on_both_engines_if_long, serve, vfio_user_device
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from guests import MIB, Guest, Setup, boot, fio, make_image, on_both_engines_if_long, serve, vfio_user_device
 
 pytestmark = pytest.mark.guest
 
@@ -215,3 +212,16 @@ def test_the_guest_takes_the_ring_that_is_offered(tmp_path: Path, engine: str, s
     assert result.status == 0, result.output
     assert result.output.startswith(f"{bit}\n")
     assert image_sha256(image) in result.output
+
+
+def test_a_guest_whose_doorbells_are_mapped(tmp_path: Path) -> None:
+    """QEMU maps the page, what the guest stores there reaches nobody, and all that it writes verifies."""
+    command = f"echo up; {fio('randwrite', '4k', '1M')}"
+    with serve(tmp_path / "s", "--doorbell", "mmap", "--queues", "1", "memory:64M") as server:
+        setup = Setup(arguments=list(vfio_user_device(server.socket)), memory="256M")
+        with Guest(setup, command) as guest:
+            guest.wait_for("up", 120)
+            assert "vmmblk-doorbells" in Path(f"/proc/{guest.process.pid}/maps").read_text()
+            result = guest.wait(120)
+        assert (server.stop(), server.log) == (0, "")
+    assert result.status == 0, result.output

@@ -97,6 +97,7 @@ class Engine:
             raise MemoryError
         for index, queue in enumerate(queues):
             lane = lib.vmm_engine_lane(self._handle, index)
+            lib.vmm_lane_set_bell(lane, queue.bell.heard_fd)
             queue.served_by(functools.partial(lib.vmm_lane_take, lane), ready[index])
         self.resize(block.info.size_bytes)
 

@@ -17,9 +17,11 @@ Each chain is completed exactly once.  One thread, the queue's own, pops and com
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
+import select
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PLAIN_READ",
+    "Bell",
     "Chain",
     "CorruptRing",
     "LostMemory",
@@ -128,8 +131,48 @@ class Chain:
         return bool(self.flags & _FLAG_NO_FD)
 
 
+class Bell:
+    """A doorbell that costs no message: an eventfd, ``fd``, that the client gets a copy of, and whoever serves hears.
+
+    With its copy the client can also read it, make it block, and keep it when its connection is over.  So nobody here
+    reads it: ``heard_fd``, which only we have, polls readable when it was written (an edge, which a counter that is
+    never cleared gives as well).  And each client gets one of its own.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ear = select.epoll()
+        self._ear.register(self.fd, select.EPOLLIN | select.EPOLLET)
+
+    @property
+    def heard_fd(self) -> int:
+        """An epoll descriptor: looking at what it has to say (``clear``) makes it unreadable again."""
+        return self._ear.fileno()
+
+    def clear(self) -> None:
+        """It was heard."""
+        self._ear.poll(0)
+
+    def renew(self) -> None:
+        """From now on ``fd`` is another eventfd, and what is done to copies of the one before is not heard.
+
+        Raises: OSError; then it is deaf, and can be renewed later.
+        """
+        fresh = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with contextlib.suppress(FileNotFoundError):  # it is deaf
+            self._ear.unregister(self.fd)
+        os.dup2(fresh, self.fd, inheritable=False)
+        os.close(fresh)
+        self._ear.register(self.fd, select.EPOLLIN | select.EPOLLET)
+
+    def close(self) -> None:
+        """Close the eventfd; nobody looks at ``heard_fd`` any more."""
+        self._ear.close()
+        os.close(self.fd)
+
+
 class Queue:
-    """One virtqueue of a device.  ``kick_fd`` is the eventfd that its doorbell writes.
+    """One virtqueue of a device.  ``kick_fd`` is the eventfd that its doorbell writes, ``bell`` that of the client.
 
     Once it is ``served_by`` an engine, ``pop`` gives only what that hands over.
     """
@@ -141,6 +184,7 @@ class Queue:
         self.starts = 0
         """How often the queue was started: tells its lives apart."""
         self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.bell = Bell()
         self.aliases = core.aliases
         """The mappings of guest memory, by number."""
         self.ready_fd = self.kick_fd
@@ -158,6 +202,7 @@ class Queue:
 
     def close(self) -> None:
         """Close the doorbell.  The queue must be stopped and its thread gone."""
+        self.bell.close()
         os.close(self.kick_fd)
         if self.ready_fd != self.kick_fd:
             os.close(self.ready_fd)

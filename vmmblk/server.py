@@ -47,6 +47,7 @@ from vmmblk.memory import Core, Pause, Region
 from vmmblk.pci import (
     NOTIFY_MULTIPLIER,
     NOTIFY_OFFSET,
+    NOTIFY_SIZE,
     VIRTIO_BAR,
     BusMaster,
     Effect,
@@ -102,6 +103,8 @@ class ServerOptions:
     engine: Literal["auto", "native", "python"] = "auto"
     """Whether reads and writes of a disk that is memory or a file are served in C (auto: if it is)."""
     io: EngineOptions = field(default_factory=EngineOptions)
+    doorbell: Literal["message", "mmap"] = "message"
+    """Whether clients may map the doorbells (mmap).  What is stored there is not heard: ``io`` must poll for ever."""
 
 
 class Server:
@@ -112,8 +115,11 @@ class Server:
     """
 
     def __init__(self, socket: Path, block: Block, options: ServerOptions) -> None:
+        if options.doorbell == "mmap" and options.io.poll_us is not None:
+            raise ConfigError("mapped doorbells are not heard: with --doorbell mmap use --poll-us busy, or neither")
         self._path = socket
         self._block = block
+        self._doorbell = options.doorbell
         info = block.info
         try:
             self._config = configure(
@@ -240,6 +246,7 @@ class Server:
         self._core.irq_sink(*transport.trigger)
         for queue in self._queues:
             transport.set_kick(queue.index, queue.kick_fd)
+        transport.offer_bells([queue.bell.fd for queue in self._queues])
         self._core.pause(Pause.BUS_MASTER)
         if isinstance(self._block, SupportsResize) and Operation.RESIZE in operations(self._block):
             self._block.on_resize(self._block_grew)
@@ -280,9 +287,15 @@ class Server:
             doorbell_offset=NOTIFY_OFFSET,
             doorbell_stride=NOTIFY_MULTIPLIER,
             queues=self._config.queues,
+            mapped_size=NOTIFY_SIZE if self._doorbell == "mmap" else 0,
         )
 
     # -- what the transport asks (Handler)
+
+    def welcome(self) -> None:
+        """Each client gets bells of its own: who was here before must not ring them, or keep them from being heard."""
+        for queue in self._queues:
+            queue.bell.renew()
 
     def region_read(self, region: int, offset: int, length: int) -> bytes:
         """Registers, configuration space, MSI-X table and PBA."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import errno
+import fcntl
 import functools
 import logging
 import os
@@ -27,7 +28,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -49,7 +50,7 @@ PATIENCE = 5.0
 """Seconds that a client gets to send the rest of a message."""
 
 _SYNCHRONOUS = {signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC}
 _BACKLOG = 16  # clients that may knock at once; the library's own 0 makes a non-blocking connect() fail
 _BURST = 256  # messages handled before the other descriptors are looked at
 _SYSLOG_LEVELS = (logging.CRITICAL, logging.CRITICAL, logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO)
@@ -57,7 +58,11 @@ _SYSLOG_LEVELS = (logging.CRITICAL, logging.CRITICAL, logging.CRITICAL, logging.
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the library must know of the device: MSI-X vectors, BAR sizes in bytes (six), where the doorbells are."""
+    """What the library must know of the device: MSI-X vectors, BAR sizes in bytes (six), where the doorbells are.
+
+    A client may map ``mapped_size`` bytes of their BAR, from the first doorbell on, if that is not 0: memory that it
+    shares with nobody who looks.
+    """
 
     vectors: int
     bar_sizes: tuple[int, ...]
@@ -65,12 +70,16 @@ class Layout:
     doorbell_offset: int
     doorbell_stride: int
     queues: int
+    mapped_size: int = 0
 
 
 class Handler(Protocol):
     """The device behind the transport.  Every method is called on the transport thread and answers at once."""
 
     drained_fd: int
+
+    def welcome(self) -> None:
+        """A client is about to be accepted.  Raises: OSError if there are no means to serve it."""
 
     def region_read(self, region: int, offset: int, length: int) -> bytes:
         """``length`` bytes of a region."""
@@ -112,6 +121,8 @@ class Transport:
     def __init__(self, path: Path, handler: Handler, layout: Layout) -> None:
         self._handler = handler
         self._self = ffi.new_handle(self)
+        self._layout = layout
+        self._page = _shared_page(layout) if layout.mapped_size else -1
         plain = ffi.new(
             "struct vmm_vfu_layout *",
             (
@@ -121,11 +132,14 @@ class Transport:
                 layout.doorbell_offset,
                 layout.doorbell_stride,
                 layout.queues,
+                layout.mapped_size,
+                self._page,
             ),
         )
         error = ffi.new("int *")
         self._vfu = lib.vmm_vfu_new(os.fsencode(path), self._self, plain, error)
         if self._vfu == ffi.NULL:
+            self._close_page()
             raise OSError(error[0], os.strerror(error[0]), str(path))
         self._listener = socket.socket(fileno=os.dup(lib.vmm_vfu_listen_fd(self._vfu)))
         self._listener.listen(_BACKLOG)
@@ -149,6 +163,15 @@ class Transport:
     def trigger(self) -> tuple[int, int]:
         """The interrupt sink: a C function pointer and its argument, callable from any thread."""
         return lib.vmm_vfu_trigger_address(), int(ffi.cast("uintptr_t", self._vfu))
+
+    def offer_bells(self, fds: Sequence[int]) -> None:
+        """Let clients write these eventfds, one for each queue, instead of sending doorbells.  Once, before `start`.
+
+        Raises: OSError.
+        """
+        error = lib.vmm_vfu_offer_bells(self._vfu, list(fds))
+        if error:
+            raise OSError(-error, f"doorbells cannot be offered as eventfds: {os.strerror(-error)}")
 
     def set_kick(self, queue: int, fd: int) -> None:
         """A doorbell of ``queue`` writes the eventfd ``fd``."""
@@ -182,9 +205,21 @@ class Transport:
             self._open = False
             context, self._vfu = self._vfu, ffi.NULL
         lib.vmm_vfu_free(context)
+        self._close_page()
         self._listener.close()
         os.close(self._wake)
         return True
+
+    def _renew_page(self) -> None:
+        """What the clients before have mapped is not what the next one gets."""
+        if self._page >= 0:
+            fresh = _shared_page(self._layout)
+            os.dup2(fresh, self._page, inheritable=False)
+            os.close(fresh)
+
+    def _close_page(self) -> None:
+        if self._page >= 0:
+            os.close(self._page)
 
     def _end_thread(self, timeout: float) -> bool:
         os.eventfd_write(self._wake, 1)
@@ -268,6 +303,12 @@ class Transport:
 
     def _knock(self) -> None:
         if not self._connected:
+            try:
+                self._renew_page()
+                self._handler.welcome()
+            except OSError as error:
+                self._refused(error)
+                return
             result = self._enter(lib.vmm_vfu_attach)
             if result == 0:
                 self._news.log(log, logging.INFO, "a client connected")
@@ -359,6 +400,21 @@ class Transport:
         """A message of the library; C has seen to it that there are not too many."""
         text = ffi.string(message).decode(errors="replace").rstrip()
         log.log(_SYSLOG_LEVELS[level] if level < len(_SYSLOG_LEVELS) else logging.DEBUG, "libvfio-user: %s", text)
+
+
+def _shared_page(layout: Layout) -> int:
+    """A file as long as the BAR of the doorbells, for clients to map what they may of it.
+
+    It is theirs to write, and nobody here reads it, so all that they could do is change its size under each other.
+    """
+    fd = os.memfd_create("vmmblk-doorbells", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, layout.bar_sizes[layout.doorbell_bar])
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])

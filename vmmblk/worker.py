@@ -262,11 +262,14 @@ class Worker:
     async def _main(self) -> None:
         for queue in self._queues:
             self._loop.add_reader(queue.ready_fd, self._kicked, queue)
+            if self._engine is None:
+                self._loop.add_reader(queue.bell.heard_fd, self._rung, queue)
         if self._patience.endless:  # not every driver rings
             self._begin_to_look()
         await self._stop.wait()
         for queue in self._queues:
             self._loop.remove_reader(queue.ready_fd)
+            self._loop.remove_reader(queue.bell.heard_fd)
         rest = self._loop.create_future()
         self._loop.call_soon(self._serve_rest, rest)
         await rest
@@ -295,9 +298,16 @@ class Worker:
     # -- a queue
 
     def _kicked(self, queue: Queue) -> None:
+        self._woken(queue, doorbell=queue.clear_kick())
+
+    def _rung(self, queue: Queue) -> None:
+        queue.bell.clear()
+        self._woken(queue, doorbell=True)
+
+    def _woken(self, queue: Queue, *, doorbell: bool) -> None:
         if not self._looking:
             self._patience.slept(time.monotonic_ns() - self._slept_since)
-        self._serve(queue, doorbell=queue.clear_kick())
+        self._serve(queue, doorbell=doorbell)
 
     def _serve(self, queue: Queue, *, doorbell: bool = False) -> None:
         count = self._serve_some(queue, arm=not self._looking)

@@ -47,7 +47,8 @@ class DiskOptions:
     queue_size: int
     features: dict[str, bool]
     engine: Literal["auto", "native", "python"]
-    poll_us: int | Literal["auto"] | None
+    poll_us: int | Literal["auto", "busy"] | None
+    doorbell: Literal["message", "mmap"]
     io_threads: int
     cpus: tuple[int, ...]
     cache: Literal["writeback", "writethrough"]
@@ -72,10 +73,12 @@ class DiskOptions:
             lock=not self.no_lock,
             filters=self.filters,
         )
-        adaptive = self.poll_us == "auto"
+        poll_us = self.poll_us
+        if poll_us is None:
+            poll_us = "busy" if self.doorbell == "mmap" else "auto"
         io = EngineOptions(
-            poll_us=EngineOptions().poll_us if self.poll_us == "auto" else self.poll_us,
-            adaptive=adaptive,
+            poll_us=None if poll_us == "busy" else EngineOptions().poll_us if poll_us == "auto" else poll_us,
+            adaptive=poll_us == "auto",
             threads=self.io_threads,
             cpus=self.cpus,
         )
@@ -87,6 +90,7 @@ class DiskOptions:
             features=self.features,
             engine=self.engine,
             io=io,
+            doorbell=self.doorbell,
         )
         return Server(socket_path, block, options)
 
@@ -114,10 +118,15 @@ def disk_options(command: Command) -> Command:
         ),
         click.option(
             "--poll-us",
-            default="auto",
             metavar="auto|busy|N",
             callback=_poll,
             help="Microseconds to look for more before sleeping (auto: while that pays; 0: none; busy: for ever).",
+        ),
+        click.option(
+            "--doorbell",
+            type=click.Choice(["message", "mmap"]),
+            default="message",
+            help="Let VMMs map the doorbells (mmap): no message, but with --poll-us busy only. Not good for QEMU.",
         ),
         click.option(
             "--io-threads",
@@ -180,11 +189,9 @@ def _queue_size(_context: click.Context, _parameter: click.Parameter, value: int
     return value
 
 
-def _poll(_context: click.Context, _parameter: click.Parameter, value: str) -> int | str | None:
-    if value == "auto":
+def _poll(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | str | None:
+    if value in {None, "auto", "busy"}:
         return value
-    if value == "busy":
-        return None
     if not value.isascii() or not value.isdecimal() or int(value) > _POLL_MAX_US:
         raise click.BadParameter(f"use auto, busy, or microseconds up to {_POLL_MAX_US}")
     return int(value)

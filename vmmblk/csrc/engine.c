@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 
 #define POLL_STEP_NS 2000
@@ -113,12 +114,20 @@ static int serve_all(struct io_thread *t, bool arm)
 	return n;
 }
 
-/* A doorbell came to a ring that reads as if nobody had ever written to it. */
-static void hear(struct io_thread *t, struct vmm_lane *l)
+/* What fd, the kick or the bell of a lane, had to say: whether it was a doorbell. */
+static bool clear(const struct vmm_lane *l, int fd)
 {
+	struct epoll_event rung;
 	eventfd_t kicks = 0;
-	bool doorbell = !eventfd_read(l->queue->kick_fd, &kicks) && kicks >> 32;
 
+	return fd == l->bell_fd ? epoll_wait(fd, &rung, 1, 0) > 0 : !eventfd_read(fd, &kicks) && kicks >> 32;
+}
+
+static void hear(struct io_thread *t, struct vmm_lane *l, int fd)
+{
+	bool doorbell = clear(l, fd);
+
+	/* a doorbell came to a ring that reads as if nobody had ever written to it */
 	if (!serve_lane(t, l, true) && doorbell && vmm_queue_looks_unshared(l->queue))
 		eventfd_write(l->ready_fd, 1ull << 32);
 }
@@ -127,8 +136,8 @@ static void hear(struct io_thread *t, struct vmm_lane *l)
 static void listen_for(struct io_thread *t, int milliseconds)
 {
 	struct vmm_engine *e = t->engine;
-	struct pollfd fds[e->nr_lanes + 2];
-	struct vmm_lane *lanes[e->nr_lanes + 2];
+	struct pollfd fds[2 * e->nr_lanes + 2];
+	struct vmm_lane *lanes[2 * e->nr_lanes + 2];
 	nfds_t n = 0;
 
 	/* it stays readable, and would not let those sleep who then still wait for the kernel */
@@ -138,13 +147,14 @@ static void listen_for(struct io_thread *t, int milliseconds)
 		fds[n++] = (struct pollfd){ t->ring.ring_fd, POLLIN, 0 };
 	nfds_t first = n;
 	for (uint32_t i = t->index; i < e->nr_lanes; i += e->nr_threads) {
-		lanes[n] = &e->lanes[i];
+		lanes[n] = lanes[n + 1] = &e->lanes[i];
 		fds[n++] = (struct pollfd){ e->lanes[i].queue->kick_fd, POLLIN, 0 };
+		fds[n++] = (struct pollfd){ e->lanes[i].bell_fd, POLLIN, 0 };
 	}
 	poll(fds, n, milliseconds);
 	for (nfds_t i = first; i < n; i++)
 		if (fds[i].revents & POLLIN)
-			hear(t, lanes[i]);
+			hear(t, lanes[i], fds[i].fd);
 	transfer_submit_all(t);
 }
 
@@ -214,6 +224,7 @@ static bool make_lane(struct vmm_engine *e, struct vmm_lane *l, struct vmm_queue
 	l->engine = e;
 	l->queue = queue;
 	l->ready_fd = ready_fd;
+	l->bell_fd = -1;
 	pthread_mutex_init(&l->lock, NULL);
 	l->handed = calloc(e->options.queue_size_max, sizeof(*l->handed));
 	if (e->target.kind == VMM_TARGET_FILE)
@@ -367,4 +378,13 @@ int vmm_engine_uring_error(const struct vmm_engine *e)
 struct vmm_lane *vmm_engine_lane(struct vmm_engine *e, uint32_t index)
 {
 	return &e->lanes[index];
+}
+
+/*
+ * Doorbells of the lane's queue also come to bell_fd, an epoll descriptor with an edge-triggered eventfd in it that is
+ * the client's as well: one that is never read, as its other owner could make that wait.  Before the threads start.
+ */
+void vmm_lane_set_bell(struct vmm_lane *l, int bell_fd)
+{
+	l->bell_fd = bell_fd;
 }

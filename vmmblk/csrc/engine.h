@@ -55,6 +55,7 @@ void vmm_engine_set_write_cache(struct vmm_engine *e, bool on);
 void vmm_engine_enable(struct vmm_engine *e, bool on);
 int vmm_engine_uring_error(const struct vmm_engine *e);
 struct vmm_lane *vmm_engine_lane(struct vmm_engine *e, uint32_t index);
+void vmm_lane_set_bell(struct vmm_lane *l, int bell_fd);
 int vmm_lane_take(struct vmm_lane *l, struct vmm_chain *out, int max);
 
 #endif

@@ -24,7 +24,7 @@ struct op {
 struct vmm_lane {
 	struct vmm_engine *engine;
 	struct vmm_queue *queue;
-	int ready_fd;
+	int ready_fd, bell_fd;
 	struct op *ops;				/* queue_size_max of them */
 	pthread_mutex_t lock;			/* of what follows */
 	struct vmm_chain *handed;		/* a ring of queue_size_max */

@@ -19,6 +19,7 @@
 #define MAX_QUEUES 64
 #define MAX_REGIONS 256		/* as many as the core maps */
 #define DOORBELL (1ull << 32)	/* what a doorbell adds to the eventfd; kicks of our own add 1 */
+#define DOORBELL_SIZE 2		/* bytes that a driver writes: four are of NOTIFICATION_DATA, and carry more than a kick */
 #define LOG_BURST 20		/* messages of the library in a row, then one a second */
 
 struct vmm_vfu {
@@ -164,10 +165,14 @@ static int setup_regions(vfu_ctx_t *ctx, const struct vmm_vfu_layout *layout)
 {
 	static vfu_region_access_cb_t *const bars[6] = { on_bar0, on_bar1, on_bar2, on_bar3, on_bar4, on_bar5 };
 
+	struct iovec area = { (void *)(uintptr_t)layout->doorbell_offset, layout->mapped_size };
+
 	for (int i = 0; i < 6; i++) {
+		bool mapped = layout->mapped_size && i == (int)layout->doorbell_bar;
 		if (layout->bar_size[i] &&
 		    vfu_setup_region(ctx, VFU_PCI_DEV_BAR0_REGION_IDX + i, layout->bar_size[i], bars[i],
-				     VFU_REGION_FLAG_RW | VFU_REGION_FLAG_MEM, NULL, 0, -1, 0) < 0)
+				     VFU_REGION_FLAG_RW | VFU_REGION_FLAG_MEM, mapped ? &area : NULL, mapped,
+				     mapped ? layout->mapped_fd : -1, 0) < 0)
 			return -1;
 	}
 	/* after vfu_pci_init(), which would set the region up again: all of config space is ours */
@@ -226,6 +231,32 @@ void vmm_vfu_free(struct vmm_vfu *v)
 	}
 	pthread_mutex_destroy(&v->lock);
 	free(v);
+}
+
+static int offer_bell(struct vmm_vfu *v, uint32_t queue, int fd)
+{
+	uint64_t offset = v->layout.doorbell_offset + (uint64_t)queue * v->layout.doorbell_stride;
+
+#if LIB_VFIO_USER_MINOR >= 2
+	return vfu_create_ioeventfd(v->ctx, v->layout.doorbell_bar, fd, offset, DOORBELL_SIZE, 0, 0, -1, 0);
+#else
+	return vfu_create_ioeventfd(v->ctx, v->layout.doorbell_bar, fd, offset, DOORBELL_SIZE, 0, 0);
+#endif
+}
+
+/*
+ * Give clients that ask for them (GET_REGION_IO_FDS) these eventfds, one for each queue, to write instead of sending
+ * doorbells.  Once, before vmm_vfu_attach().  What has these numbers when a client asks is what it gets.
+ */
+int vmm_vfu_offer_bells(struct vmm_vfu *v, const int *fds)
+{
+	int error = 0;
+
+	enter(v);
+	/* the library puts each before the others, and the first queues matter most to who cannot take all of them */
+	for (uint32_t i = v->layout.nr_queues; i-- > 0 && !error;)
+		error = offer_bell(v, i, fds[i]);
+	return leave(v, error);
 }
 
 void vmm_vfu_set_kick(struct vmm_vfu *v, uint32_t queue, int fd)

@@ -22,10 +22,13 @@ struct vmm_vfu_layout {
 	uint64_t doorbell_offset;	/* queue n's doorbell is at offset + n * stride */
 	uint32_t doorbell_stride;
 	uint32_t nr_queues;
+	uint64_t mapped_size;		/* bytes of that BAR, from doorbell_offset on, that a client may map; or 0 */
+	int32_t mapped_fd;		/* what it maps then: a file as long as the BAR, the caller's */
 };
 
 struct vmm_vfu *vmm_vfu_new(const char *path, void *handle, const struct vmm_vfu_layout *layout, int *error);
 void vmm_vfu_free(struct vmm_vfu *v);
+int vmm_vfu_offer_bells(struct vmm_vfu *v, const int *fds);
 void vmm_vfu_set_kick(struct vmm_vfu *v, uint32_t queue, int fd);
 void vmm_vfu_set_notify_id(struct vmm_vfu *v, uint32_t queue, int id);
 int vmm_vfu_attach(struct vmm_vfu *v);
