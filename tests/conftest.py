@@ -115,6 +115,7 @@ class Served:
         bells = select.poll()
         for queue in self.server._queues:
             bells.register(queue.kick_fd, select.POLLIN)
+            bells.register(queue.bell.heard_fd, select.POLLIN)
         return bool(bells.poll(0))
 
 

@@ -95,6 +95,8 @@ def record(path: Path, features: int) -> Session:
         connection.get_info()
         for region in range(9):
             connection.region_info(region)
+        for fd in connection.region_io_fds(4, argsz=4096).fds:
+            os.close(fd)
         memory.map_all(connection)
         v = VirtioBlk(connection, memory, features=features, queues=2, queue_size=16)
         requests = [v.submit(RequestType.OUT, 1, b"r" * 1024), v.submit(RequestType.IN, 0, data_in=2048)]
