@@ -53,9 +53,12 @@ class Rig:
         queues: int = 1,
         life: Life = DEFAULT_LIFE,
         start: bool = True,
+        coalesce: tuple[int, int] | None = None,
     ) -> None:
         self.memory = GuestMemory(sum(piece.size for piece in layout), layout)
         self.core = Core(queues, CORE_QUEUE_SIZE)
+        if coalesce is not None:
+            self.core.coalesce(*coalesce)
         self.vectors: list[int] = []
         self._sink = ffi.callback("void(void *, uint32_t)", lambda _, vector: self.vectors.append(vector))
         self.core.irq_sink(int(ffi.cast("uintptr_t", self._sink)), 0)

@@ -179,6 +179,13 @@ class Core:
         """Deliver interrupts to a C function ``void (*)(void *argument, uint32_t vector)``, callable anywhere."""
         lib.vmm_device_irq_sink(self.handle, function, argument)
 
+    def coalesce(self, completions: int, microseconds: int) -> None:
+        """Up to ``completions`` share an interrupt from now on, held back for ``microseconds`` at most.
+
+        Once, before there are queues.  Raises: OSError (EMFILE).
+        """
+        _check(lib.vmm_device_coalesce(self.handle, completions, microseconds * 1000), "interrupts cannot be held back")
+
     def set_msix(self, on: bool) -> None:
         """MSI-X is enabled: vectors; otherwise INTx with the ISR byte."""
         lib.vmm_device_set_msix(self.handle, on)

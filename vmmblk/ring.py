@@ -191,6 +191,8 @@ class Queue:
         """What tells that there may be something to pop: the doorbell, or the engine that heard it."""
         self.handle = core.queue_handle(index, self.kick_fd)
         """The queue in C."""
+        self.timer_fd: int = lib.vmm_queue_timer(self.handle)
+        """What tells that ``tell`` is due; the core's.  -1 if interrupts are never held back."""
         self._take: Callable[[Any, int], int] = functools.partial(lib.vmm_queue_pop, self.handle)
         self._look: Callable[[Any, int], int] = functools.partial(lib.vmm_queue_poll, self.handle)
         self._chains = ffi.new("struct vmm_chain[]", self.BATCH)
@@ -350,3 +352,10 @@ class Queue:
     def complete(self, done: bytes | bytearray) -> None:
         """Complete chains, by the ``ending`` of each."""
         lib.vmm_queue_complete(self.handle, ffi.from_buffer("struct vmm_completion[]", done), len(done) // _ENDING.size)
+        if self.timer_fd >= 0:
+            self.tell()
+
+    def tell(self) -> None:
+        """Raise the interrupt that was held back for long enough; ``timer_fd`` tells when there is another."""
+        may_sleep = True
+        lib.vmm_queue_tell(self.handle, may_sleep)

@@ -19,6 +19,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 #define VMM_MAX_REGIONS 256
 #define VMM_CHAIN_MIN_LIMIT 1024	/* descriptors in one chain, or the queue size if that is more */
@@ -193,6 +194,11 @@ struct vmm_queue {
 	uint32_t first_untold, *untold_end;	/* in the order in which they ended, and where the next is linked */
 	int kick_fd;
 	atomic_uint vector;
+	uint32_t held;			/* completions since the interrupt that is held back, 0: none is */
+	uint16_t held_from;		/* the used position before them */
+	_Atomic uint64_t held_until;	/* when it is raised at the latest, ns of CLOCK_MONOTONIC; 0 if none is held back */
+	int timer_fd;			/* -1: none is ever held back */
+	uint64_t timer_until;		/* what timer_fd is set to, 0: to nothing */
 };
 
 typedef void (*vmm_irq_sink)(void *arg, uint32_t vector);
@@ -205,10 +211,26 @@ struct vmm_device {
 	atomic_uint isr;
 	atomic_bool msix, intx_disabled;
 	atomic_uint config_vector;
+	uint32_t coalesce_count;	/* completions that share an interrupt, 0: however many come together */
+	uint64_t coalesce_ns;
 	vmm_irq_sink sink;
 	void *sink_arg;
 	struct vmm_queue queues[];
 };
+
+static inline uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* Whether an interrupt is held back: only then vmm_queue_tell() has something to do. */
+static inline bool vmm_queue_holds(const struct vmm_queue *q)
+{
+	return atomic_load_explicit(&q->held_until, memory_order_relaxed);
+}
 
 /* memory.c */
 void vmm_sigbus_install(void);
@@ -237,6 +259,8 @@ void vmm_queue_stop(struct vmm_queue *q);
 int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max);
 int vmm_queue_poll(struct vmm_queue *q, struct vmm_chain *out, int max);
 int vmm_queue_complete(struct vmm_queue *q, const struct vmm_completion *done, int n);
+int vmm_queue_timer(const struct vmm_queue *q);
+void vmm_queue_tell(struct vmm_queue *q, bool sleep);
 bool vmm_queue_looks_unshared(struct vmm_queue *q);
 uint32_t vmm_queue_epoch(struct vmm_queue *q);
 void vmm_queue_set_vector(struct vmm_queue *q, uint32_t vector);
@@ -247,6 +271,7 @@ uint32_t vmm_queue_busy(struct vmm_queue *q);
 struct vmm_device *vmm_device_new(uint32_t nr_queues, uint32_t queue_size_max, int drained_fd);
 void vmm_device_free(struct vmm_device *d);
 struct vmm_queue *vmm_device_queue(struct vmm_device *d, uint32_t index, int kick_fd);
+int vmm_device_coalesce(struct vmm_device *d, uint32_t count, uint64_t ns);
 void vmm_device_irq_sink(struct vmm_device *d, uint64_t function, uint64_t arg);
 void vmm_device_set_msix(struct vmm_device *d, bool on);
 void vmm_device_set_intx_disabled(struct vmm_device *d, bool disabled);

@@ -9,6 +9,8 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
 
 #define ISR_QUEUE 1u
 #define ISR_CONFIG 2u
@@ -29,7 +31,7 @@ struct vmm_device *vmm_device_new(uint32_t nr_queues, uint32_t queue_size_max, i
 		pthread_mutex_init(&q->lock, NULL);
 		q->device = d;
 		q->max_size = queue_size_max;
-		q->kick_fd = -1;
+		q->kick_fd = q->timer_fd = -1;
 		atomic_store(&q->vector, VMM_NO_VECTOR);
 	}
 	return d;
@@ -43,6 +45,8 @@ void vmm_device_free(struct vmm_device *d)
 		for (uint32_t s = 0; q->slots && s < q->max_size; s++)
 			free(q->slots[s].segs);
 		free(q->slots);
+		if (q->timer_fd >= 0)
+			close(q->timer_fd);
 		pthread_mutex_destroy(&q->lock);
 	}
 	free(d);
@@ -63,6 +67,22 @@ void vmm_device_irq_sink(struct vmm_device *d, uint64_t function, uint64_t arg)
 {
 	d->sink_arg = (void *)(uintptr_t)arg;
 	d->sink = (vmm_irq_sink)(uintptr_t)function;
+}
+
+/*
+ * From now on up to count completions share an interrupt, which is held back for at most so long.  Once, before any
+ * queue is started: 0 or -errno.
+ */
+int vmm_device_coalesce(struct vmm_device *d, uint32_t count, uint64_t ns)
+{
+	for (uint32_t i = 0; i < d->nr_queues; i++) {
+		d->queues[i].timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+		if (d->queues[i].timer_fd < 0)
+			return -errno;
+	}
+	d->coalesce_count = count;
+	d->coalesce_ns = ns;
+	return 0;
 }
 
 void vmm_device_set_msix(struct vmm_device *d, bool on)

@@ -146,6 +146,11 @@ static bool packed_publish(struct vmm_queue *q)
 	return true;
 }
 
+static uint32_t packed_given_back(const struct vmm_queue *q, uint16_t old)
+{
+	return distance(q, old, q->next_used);
+}
+
 /* An event the driver may not ask for counts as "enable": an interrupt too many, never one too few. */
 static bool packed_interrupt_due(struct vmm_queue *q, uint16_t old)
 {
@@ -186,6 +191,6 @@ static bool packed_untouched(struct vmm_queue *q)
 
 const struct vmm_ring_format vmm_packed_format = {
 	.lay_out = packed_lay_out, .begin = packed_begin, .available = packed_available, .take = packed_take,
-	.put_used = packed_put_used, .publish = packed_publish, .interrupt_due = packed_interrupt_due,
-	.quiet = packed_quiet, .arm = packed_arm, .untouched = packed_untouched,
+	.put_used = packed_put_used, .publish = packed_publish, .given_back = packed_given_back,
+	.interrupt_due = packed_interrupt_due, .quiet = packed_quiet, .arm = packed_arm, .untouched = packed_untouched,
 };

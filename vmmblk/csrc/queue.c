@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/timerfd.h>
 
 #define STATUS_IOERR 1
 #define NO_SLOT UINT32_MAX
@@ -251,15 +252,19 @@ static bool complete_one(struct vmm_queue *q, const struct vmm_completion *done)
 	return s->state == SLOT_ORPHANED ? complete_orphan(q, s) : complete_live(q, s, done->status, done->written);
 }
 
-/* Show the driver what was given back since position old.  True: send_interrupt() is due, with no lock held. */
-static bool publish_used(struct vmm_queue *q, uint16_t old)
+/* Does the driver want to be told of what it was shown since position old?  True: send_interrupt(), with no lock held. */
+static bool tell_since(struct vmm_queue *q, uint16_t old)
 {
-	if (!q->format->publish(q))
-		return false;
 	atomic_thread_fence(memory_order_seq_cst);	/* between what we gave back and the driver's wish */
 	bool interrupt = q->format->interrupt_due(q, old);
 	q->notifying += interrupt;
 	return interrupt;
+}
+
+/* Show the driver what was given back since position old.  True as above. */
+static bool publish_used(struct vmm_queue *q, uint16_t old)
+{
+	return q->format->publish(q) && tell_since(q, old);
 }
 
 static void tell_drained(struct vmm_queue *q)
@@ -276,6 +281,95 @@ static void send_interrupt(struct vmm_queue *q)
 	tell_drained(q);
 	pthread_mutex_unlock(&q->lock);
 }
+
+/* ---- interrupts that are held back ------------------------------------------------------------------------------ */
+
+/*
+ * Only the interrupt is held back, what is used is shown at once; and the driver's wish is asked for when it is raised.
+ * Whoever serves the queue raises it: with the completion that makes enough of them or leaves nothing in flight, when he
+ * pops, and with vmm_queue_tell() before he sleeps.  A queue that is paused holds nothing back, so nobody who drains it
+ * waits for that.
+ */
+
+static void forget_held(struct vmm_queue *q)
+{
+	q->held = 0;
+	atomic_store(&q->held_until, 0);
+}
+
+/* Raise it.  True as for publish_used(). */
+static bool tell_held(struct vmm_queue *q)
+{
+	if (!q->held)
+		return false;
+	forget_held(q);
+	if (areas_found(q))
+		return tell_since(q, q->held_from);
+	q->notifying++;		/* the driver's wish cannot be read: one too many, never one too few */
+	return true;
+}
+
+/* Nothing is in flight, nor will be without a doorbell: the driver waits for this interrupt alone. */
+static bool awaited_alone(struct vmm_queue *q)
+{
+	return !q->in_flight && q->format->available(q) <= 0;
+}
+
+static bool held_long(const struct vmm_queue *q)
+{
+	return q->held && now_ns() >= atomic_load(&q->held_until);
+}
+
+/* As publish_used(), for so many chains, whose interrupt may be held back. */
+static bool publish_coalesced(struct vmm_queue *q, uint16_t old, uint32_t chains)
+{
+	if (!q->format->publish(q))
+		return false;
+	bool late = held_long(q);
+	if (!q->held) {
+		q->held_from = old;
+		atomic_store(&q->held_until, now_ns() + q->device->coalesce_ns);
+	}
+	q->held += chains;
+	/* after a ring's length positions would be mistaken for others */
+	bool due = late || q->held >= q->device->coalesce_count || q->pause || awaited_alone(q) ||
+		   q->format->given_back(q, q->held_from) >= q->config.size;
+	return due && tell_held(q);
+}
+
+static void set_timer(struct vmm_queue *q)
+{
+	uint64_t until = atomic_load(&q->held_until);
+	struct itimerspec at = { .it_value = { (time_t)(until / 1000000000), (long)(until % 1000000000) } };
+
+	if (until != q->timer_until && !timerfd_settime(q->timer_fd, TFD_TIMER_ABSTIME, &at, NULL))
+		q->timer_until = until;
+}
+
+/*
+ * Raise the interrupt that has been held back for long enough.  Whoever is about to sleep, or to let the queue alone for
+ * an unknown time, says so, and is woken by the timer for the rest: then he asks again.
+ */
+void vmm_queue_tell(struct vmm_queue *q, bool sleep)
+{
+	if (q->timer_fd < 0)
+		return;
+	pthread_mutex_lock(&q->lock);
+	bool interrupt = held_long(q) && tell_held(q);
+	if (sleep)
+		set_timer(q);
+	pthread_mutex_unlock(&q->lock);
+	if (interrupt)
+		send_interrupt(q);
+}
+
+/* The descriptor that is readable when vmm_queue_tell() is due, for whoever said that he sleeps; -1: none ever is. */
+int vmm_queue_timer(const struct vmm_queue *q)
+{
+	return q->timer_fd;
+}
+
+/* ---- completing, the rest --------------------------------------------------------------------------------------- */
 
 /* Go past the slot that *link leads to, or free it. */
 static uint32_t *past_untold(struct vmm_queue *q, uint32_t *link, bool done)
@@ -303,7 +397,9 @@ static bool tell_ended(struct vmm_queue *q)
 	}
 	if (*link == NO_SLOT)
 		q->untold_end = link;
-	return told && publish_used(q, old);
+	if (!told || !q->held)
+		return told && publish_used(q, old);
+	return q->format->publish(q) && tell_held(q);
 }
 
 static void forget_ended(struct vmm_queue *q)
@@ -321,7 +417,8 @@ static void kick_all(struct vmm_device *d)
 }
 
 /*
- * Complete chains: status bytes, used entries, then one used index for all, then an interrupt if the driver wants one.
+ * Complete chains: status bytes, used entries, then one used index for all, then an interrupt if the driver wants one
+ * (and it is not held back).
  * Tokens that are not in flight are ignored.  Returns how many the driver was told of.
  */
 int vmm_queue_complete(struct vmm_queue *q, const struct vmm_completion *done, int n)
@@ -335,7 +432,7 @@ int vmm_queue_complete(struct vmm_queue *q, const struct vmm_completion *done, i
 	for (int i = 0; i < n; i++)
 		told += complete_one(q, &done[i]);
 	if (told)
-		interrupt = publish_used(q, old);
+		interrupt = q->timer_fd >= 0 ? publish_coalesced(q, old, (uint32_t)told) : publish_used(q, old);
 	orphans_ended = orphans && !atomic_load(&q->device->orphans);
 	starved = q->starved || (q->lost && !q->broken);
 	q->starved = false;
@@ -435,6 +532,8 @@ static int pop(struct vmm_queue *q, struct vmm_chain *out, int max, bool arm)
 	if (n <= 0 && memory_lost(q))
 		n = q->broken = -EIO;
 out:
+	if (q->held && !interrupt && (!q->in_flight || held_long(q)))
+		interrupt = tell_held(q);
 	pthread_mutex_unlock(&q->lock);
 	if (interrupt)
 		send_interrupt(q);
@@ -533,6 +632,7 @@ void vmm_queue_stop(struct vmm_queue *q)
 	q->parked = false;
 	q->broken = 0;
 	forget_ended(q);
+	forget_held(q);
 	pthread_mutex_unlock(&q->lock);
 }
 
@@ -555,13 +655,19 @@ uint32_t vmm_queue_busy(struct vmm_queue *q)
 	return busy;
 }
 
-/* Stop popping for a reason; returns what is still in flight.  drained_fd is written when that reaches 0. */
+/*
+ * Stop popping for a reason; returns what is still in flight.  drained_fd is written when that reaches 0.  From now on
+ * no interrupt is held back.
+ */
 uint32_t vmm_queue_pause(struct vmm_queue *q, uint32_t reason)
 {
 	pthread_mutex_lock(&q->lock);
 	q->pause |= reason;
-	uint32_t busy = vmm_queue_busy_locked(q);
+	bool interrupt = tell_held(q);
+	uint32_t busy = vmm_queue_busy_locked(q) - interrupt;
 	pthread_mutex_unlock(&q->lock);
+	if (interrupt)
+		send_interrupt(q);
 	return busy;
 }
 

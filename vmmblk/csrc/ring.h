@@ -47,7 +47,9 @@ struct vmm_ring_format {
 	bool (*put_used)(struct vmm_queue *q, const struct slot *s, uint32_t len);
 	/* Show the driver what was given back since the last time. */
 	bool (*publish)(struct vmm_queue *q);
-	/* "Used Buffer Notification Suppression": is an interrupt due for going from position old to where we are? */
+	/* How far it is from position old to where we are; not two rings' length. */
+	uint32_t (*given_back)(const struct vmm_queue *q, uint16_t old);
+	/* "Used Buffer Notification Suppression": is an interrupt due for that? */
 	bool (*interrupt_due)(struct vmm_queue *q, uint16_t old);
 	/* Say that doorbells are not needed, or that one is, for the next chain. */
 	bool (*quiet)(struct vmm_queue *q);

@@ -104,6 +104,11 @@ static bool split_publish(struct vmm_queue *q)
 	return store16(q, &q->used, 2, q->next_used);
 }
 
+static uint32_t split_given_back(const struct vmm_queue *q, uint16_t old)
+{
+	return (uint16_t)(q->next_used - old);
+}
+
 static bool split_interrupt_due(struct vmm_queue *q, uint16_t old)
 {
 	uint16_t value;
@@ -140,6 +145,6 @@ static bool split_untouched(struct vmm_queue *q)
 
 const struct vmm_ring_format vmm_split_format = {
 	.lay_out = split_lay_out, .begin = split_begin, .available = split_available, .take = split_take,
-	.put_used = split_put_used, .publish = split_publish, .interrupt_due = split_interrupt_due,
-	.quiet = split_quiet, .arm = split_arm, .untouched = split_untouched,
+	.put_used = split_put_used, .publish = split_publish, .given_back = split_given_back,
+	.interrupt_due = split_interrupt_due, .quiet = split_quiet, .arm = split_arm, .untouched = split_untouched,
 };

@@ -8,7 +8,6 @@
 #include "engine.h"
 
 #include <liburing.h>
-#include <time.h>
 
 #define BATCH 64
 
@@ -57,14 +56,6 @@ struct vmm_engine {
 	struct vmm_lane *lanes;
 	struct io_thread *threads;
 };
-
-static inline uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
 
 enum fate { DONE, UNDER_WAY, HANDED_OVER };
 
