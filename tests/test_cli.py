@@ -256,7 +256,7 @@ def test_serve_hands_the_options_to_disk_and_server(server: type[FakeServer], tm
     options = (
         "--read-only --block-size 4096 --serial s1 --queue-size 64 --cache writethrough --stop-timeout 3"
         " --queues 7 --features suspend=on,discard=off --features in_order=on"
-        f" --engine python --poll-us 7 --io-threads 3 --cpus {cpu}"
+        f" --engine python --poll-us 7 --io-threads 3 --cpus {cpu} --irq-coalesce 8,50"
     )
     assert status_of_main("serve", "--socket", tmp_path / "s", *options.split(), "memory:1M", "max=2M") == 1
     [made] = server.made
@@ -267,6 +267,7 @@ def test_serve_hands_the_options_to_disk_and_server(server: type[FakeServer], tm
     assert made.options.features == {"suspend": True, "discard": False, "in_order": True}
     assert made.options.engine == "python"
     assert made.options.io == EngineOptions(poll_us=7, adaptive=False, threads=3, cpus=(cpu,))
+    assert made.options.coalesce == (8, 50)
     assert made.calls == ["start", ("stop", 3.0)]
 
 
@@ -284,7 +285,11 @@ def test_how_to_poll(server: type[FakeServer], text: str, microseconds: int | No
 
 @pytest.mark.parametrize(
     "option",
-    ["--poll-us=-1", "--poll-us=soon", "--poll-us=1000001", "--cpus=x", "--cpus=1-0", "--cpus=1023", "--cpus=,"],
+    [
+        *("--poll-us=-1", "--poll-us=soon", "--poll-us=1000001", "--cpus=x", "--cpus=1-0", "--cpus=1023", "--cpus=,"),
+        *("--irq-coalesce=8", "--irq-coalesce=8,", "--irq-coalesce=0,50", "--irq-coalesce=8,100001"),
+        *("--irq-coalesce=8,50us", "--irq-coalesce=32769,1", "--irq-coalesce=on", "--irq-coalesce=8,5,0"),
+    ],
 )
 def test_what_the_engine_cannot_do_is_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
     """With one line that names the option, and exit status 2."""

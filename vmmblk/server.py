@@ -105,6 +105,8 @@ class ServerOptions:
     io: EngineOptions = field(default_factory=EngineOptions)
     doorbell: Literal["message", "mmap"] = "message"
     """Whether clients may map the doorbells (mmap).  What is stored there is not heard: ``io`` must poll for ever."""
+    coalesce: tuple[int, int] | None = None
+    """How many completions may share an interrupt, and for how many microseconds it is held back at most."""
 
 
 class Server:
@@ -135,6 +137,8 @@ class Server:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._core = Core(self._config.queues, self._config.queue_size)
+        if options.coalesce is not None:
+            self._core.coalesce(*options.coalesce)
         self._queues = [Queue(self._core, index) for index in range(self._config.queues)]
         self._device = Device(self._config)
         self._pci = PciFunction(self._device, self._core)

@@ -264,12 +264,16 @@ class Worker:
             self._loop.add_reader(queue.ready_fd, self._kicked, queue)
             if self._engine is None:
                 self._loop.add_reader(queue.bell.heard_fd, self._rung, queue)
+                if queue.timer_fd >= 0:
+                    self._loop.add_reader(queue.timer_fd, queue.tell)
         if self._patience.endless:  # not every driver rings
             self._begin_to_look()
         await self._stop.wait()
         for queue in self._queues:
             self._loop.remove_reader(queue.ready_fd)
             self._loop.remove_reader(queue.bell.heard_fd)
+            if queue.timer_fd >= 0:
+                self._loop.remove_reader(queue.timer_fd)
         rest = self._loop.create_future()
         self._loop.call_soon(self._serve_rest, rest)
         await rest

@@ -6,7 +6,7 @@
  *     test_engine KIND ROUNDS
  *
  * KIND is memory, inline (a file that never waits), uring, or threads (a file without io_uring).  The file is in memory
- * whatever the engine is told of it.
+ * whatever the engine is told of it.  The drivers sleep until they are told; with files interrupts are held back.
  */
 #include "core.h"
 #include "driver.h"
@@ -37,6 +37,7 @@
 #define DISK (QUEUES * DEPTH * LENGTH)
 #define SECTOR 512
 #define RETIRED 4096
+#define TIMEOUT_MS 10000
 
 enum { IN = 0, OUT = 1, FLUSH = 4 };
 enum { STATUS_OK = 0, STATUS_IOERR = 1 };
@@ -51,7 +52,7 @@ struct test {
 	struct vmm_device *device;
 	struct vmm_engine *engine;
 	struct vmm_queue *queue[QUEUES];
-	int ready[QUEUES];
+	int ready[QUEUES], irq[QUEUES];
 	struct vmm_alias now[VMM_MAX_REGIONS];
 	uint32_t nr_now;
 	struct old retired[RETIRED];
@@ -148,6 +149,24 @@ static void finish(struct driver *d, uint32_t slot, uint32_t used)
 	}
 }
 
+static void wait_until_told(struct driver *d)
+{
+	struct pollfd p = { d->test->irq[d->index], POLLIN, 0 };
+	eventfd_t told;
+
+	if (d->packed ? vdrv_packed_arm(d->packed, 1) : vdrv_split_arm(d->split, 1))
+		return;
+	CHECK(poll(&p, 1, TIMEOUT_MS) == 1);
+	eventfd_read(p.fd, &told);
+}
+
+static void on_irq(void *arg, uint32_t vector)
+{
+	struct test *t = arg;
+
+	eventfd_write(t->irq[vector], 1);
+}
+
 static void finish_used(struct driver *d)
 {
 	struct vdrv_used used[DEPTH];
@@ -162,7 +181,7 @@ static void finish_used(struct driver *d)
 		finish(d, slot, used[i].len);
 	}
 	if (!n)
-		sched_yield();
+		wait_until_told(d);
 }
 
 static bool under_way(const struct driver *d)
@@ -230,6 +249,7 @@ static void take_from(struct test *t, uint32_t index)
 			done[i] = (struct vmm_completion){ chains[i].token, status, read ? (uint32_t)chains[i].writable : 0 };
 		}
 		vmm_queue_complete(t->queue[index], done, n);
+		vmm_queue_tell(t->queue[index], true);
 		atomic_fetch_add(&t->handed_over, (unsigned)n);
 	}
 	CHECK(n == 0);
@@ -347,11 +367,15 @@ static void set_up(struct test *t, const char *kind)
 	CHECK(t->ram != MAP_FAILED && (memory || (t->fd >= 0 && ftruncate(t->fd, DISK) == 0)));
 	t->disk = calloc(1, DISK);
 	t->device = vmm_device_new(QUEUES, RING_SIZE, eventfd(0, EFD_NONBLOCK));
+	vmm_device_irq_sink(t->device, (uintptr_t)on_irq, (uintptr_t)t);
+	vmm_device_set_msix(t->device, true);
+	CHECK(memory || vmm_device_coalesce(t->device, 4, 50000) == 0);
 	map(t, 0, LOW);
 	map(t, LOW, SIZE);
 	for (uint32_t q = 0; q < QUEUES; q++) {
 		t->queue[q] = vmm_device_queue(t->device, q, eventfd(0, EFD_NONBLOCK));
 		t->ready[q] = eventfd(0, EFD_NONBLOCK);
+		t->irq[q] = eventfd(0, EFD_NONBLOCK);
 	}
 	struct vmm_target target = {
 		.kind = memory ? VMM_TARGET_MEMORY : VMM_TARGET_FILE, .sector_size = SECTOR, .alignment = 1, .writable = true,
@@ -372,7 +396,7 @@ static void start_queue(struct test *t, struct driver *d)
 	uint8_t *at = t->ram + ring;
 	bool packed = d->index % 2;
 	struct vmm_queue_config config = {
-		.size = RING_SIZE, .vector = VMM_NO_VECTOR, .desc = ring, .driver = ring + PAGE, .device = ring + 2 * PAGE,
+		.size = RING_SIZE, .vector = d->index, .desc = ring, .driver = ring + PAGE, .device = ring + 2 * PAGE,
 		.event_idx = d->index != 2, .packed = packed,
 	};
 
@@ -403,6 +427,7 @@ static void tear_down(struct test *t)
 		vmm_queue_stop(t->queue[q]);
 		close(t->queue[q]->kick_fd);
 		close(t->ready[q]);
+		close(t->irq[q]);
 	}
 	CHECK(!vmm_device_unmap(t->device, 0, LOW, &alias));
 	retire(t, alias, NULL);

@@ -34,6 +34,7 @@ POLL_SECONDS = 0.5
 _DEFAULT_QUEUES_MAX = 4
 _POLL_MAX_US = 1_000_000
 _CPUS_MAX = 1024
+_COALESCE_MAX_US = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class DiskOptions:
     doorbell: Literal["message", "mmap"]
     io_threads: int
     cpus: tuple[int, ...]
+    irq_coalesce: tuple[int, int] | None
     cache: Literal["writeback", "writethrough"]
     no_lock: bool
     filters: tuple[str, ...]
@@ -91,6 +93,7 @@ class DiskOptions:
             engine=self.engine,
             io=io,
             doorbell=self.doorbell,
+            coalesce=self.irq_coalesce,
         )
         return Server(socket_path, block, options)
 
@@ -136,6 +139,13 @@ def disk_options(command: Command) -> Command:
         ),
         click.option(
             "--cpus", default="", metavar="LIST", callback=_cpus, help="Processors for those threads, as in 0,2-3."
+        ),
+        click.option(
+            "--irq-coalesce",
+            default="off",
+            metavar="off|N,US",
+            callback=_irq_coalesce,
+            help="One interrupt for up to N completions, held back for US microseconds at most, as in 8,50 (off).",
         ),
         click.option(
             "--cache",
@@ -207,6 +217,17 @@ def _cpus(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     if missing := [cpu for cpu in found if cpu not in os.sched_getaffinity(0)]:
         raise click.BadParameter(f"processor {missing[0]} is not there, or not for this process")
     return tuple(found)
+
+
+def _irq_coalesce(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, int] | None:
+    if value == "off":
+        return None
+    count, _, microseconds = value.partition(",")
+    for text, most in ((count, QUEUE_SIZE_MAX), (microseconds, _COALESCE_MAX_US)):
+        if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= most):
+            limits = f"up to {QUEUE_SIZE_MAX} completions and {_COALESCE_MAX_US} microseconds"
+            raise click.BadParameter(f"use off, or {limits}, as in 8,50")
+    return int(count), int(microseconds)
 
 
 def _features(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, bool]:

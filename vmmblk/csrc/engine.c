@@ -85,14 +85,27 @@ static int pop_or_tell(struct vmm_lane *l, struct vmm_chain *chains, bool arm)
 	return n < 0 ? 0 : n;
 }
 
+/* Interrupts are held back no longer than they may, whatever lane the thread is busy with. */
+static void tell_in_time(struct io_thread *t)
+{
+	struct vmm_engine *e = t->engine;
+
+	for (uint32_t i = t->index; i < e->nr_lanes; i += e->nr_threads)
+		if (vmm_queue_holds(e->lanes[i].queue))
+			vmm_queue_tell(e->lanes[i].queue, false);
+}
+
 /* Serve what waits in a lane's ring; how much that was. */
 static int serve_lane(struct io_thread *t, struct vmm_lane *l, bool arm)
 {
 	struct vmm_chain chains[BATCH];
 	struct vmm_completion done[BATCH];
 	int completed = 0, n = pop_or_tell(l, chains, arm);
+	bool coalesces = l->queue->timer_fd >= 0;
 
 	for (int i = 0; i < n; i++) {
+		if (coalesces)
+			tell_in_time(t);
 		if (i + 1 < n)
 			transfer_expect(t->engine, &chains[i + 1]);
 		completed += transfer_serve(t, l, &chains[i], &done[completed]) == DONE;
@@ -114,12 +127,14 @@ static int serve_all(struct io_thread *t, bool arm)
 	return n;
 }
 
-/* What fd, the kick or the bell of a lane, had to say: whether it was a doorbell. */
+/* What fd, the kick, the bell or the timer of a lane, had to say: whether it was a doorbell. */
 static bool clear(const struct vmm_lane *l, int fd)
 {
 	struct epoll_event rung;
 	eventfd_t kicks = 0;
 
+	if (fd == l->queue->timer_fd)	/* it is set anew by who sleeps, when what it tells of has been done */
+		return false;
 	return fd == l->bell_fd ? epoll_wait(fd, &rung, 1, 0) > 0 : !eventfd_read(fd, &kicks) && kicks >> 32;
 }
 
@@ -132,12 +147,15 @@ static void hear(struct io_thread *t, struct vmm_lane *l, int fd)
 		eventfd_write(l->ready_fd, 1ull << 32);
 }
 
-/* Wait for doorbells, for the kernel and to be stopped, at most so long (-1: for ever); serve who rang. */
-static void listen_for(struct io_thread *t, int milliseconds)
+/*
+ * Wait for doorbells, for the kernel, for when interrupts must be raised, and to be stopped, at most so long (-1: for
+ * ever); serve who rang.  Returns how long it was quiet, in ns.
+ */
+static uint64_t listen_for(struct io_thread *t, int milliseconds)
 {
 	struct vmm_engine *e = t->engine;
-	struct pollfd fds[2 * e->nr_lanes + 2];
-	struct vmm_lane *lanes[2 * e->nr_lanes + 2];
+	struct pollfd fds[3 * e->nr_lanes + 2];
+	struct vmm_lane *lanes[3 * e->nr_lanes + 2];
 	nfds_t n = 0;
 
 	/* it stays readable, and would not let those sleep who then still wait for the kernel */
@@ -147,15 +165,21 @@ static void listen_for(struct io_thread *t, int milliseconds)
 		fds[n++] = (struct pollfd){ t->ring.ring_fd, POLLIN, 0 };
 	nfds_t first = n;
 	for (uint32_t i = t->index; i < e->nr_lanes; i += e->nr_threads) {
-		lanes[n] = lanes[n + 1] = &e->lanes[i];
-		fds[n++] = (struct pollfd){ e->lanes[i].queue->kick_fd, POLLIN, 0 };
-		fds[n++] = (struct pollfd){ e->lanes[i].bell_fd, POLLIN, 0 };
+		struct vmm_lane *l = &e->lanes[i];
+		lanes[n] = lanes[n + 1] = lanes[n + 2] = l;
+		fds[n++] = (struct pollfd){ l->queue->kick_fd, POLLIN, 0 };
+		fds[n++] = (struct pollfd){ l->bell_fd, POLLIN, 0 };
+		fds[n++] = (struct pollfd){ l->queue->timer_fd, POLLIN, 0 };	/* none is passed over */
+		vmm_queue_tell(l->queue, true);
 	}
+	uint64_t before = now_ns();
 	poll(fds, n, milliseconds);
+	uint64_t quiet = now_ns() - before;
 	for (nfds_t i = first; i < n; i++)
 		if (fds[i].revents & POLLIN)
 			hear(t, lanes[i], fds[i].fd);
 	transfer_submit_all(t);
+	return quiet;
 }
 
 /* Look for more for a while; whether there was. */
@@ -182,13 +206,13 @@ static bool poll_a_while(struct io_thread *t)
 }
 
 /* Look longer when something came soon after we had gone to sleep, and less long when looking was in vain. */
-static void adapt(struct io_thread *t, uint64_t slept)
+static void adapt(struct io_thread *t, uint64_t quiet)
 {
 	const struct vmm_engine_options *o = &t->engine->options;
 
 	if (!o->poll_adaptive)
 		return;
-	if (slept < o->poll_ns) {
+	if (quiet < o->poll_ns) {
 		t->window = t->window ? 2 * t->window : POLL_STEP_NS;
 		if (t->window > o->poll_ns)
 			t->window = o->poll_ns;
@@ -209,9 +233,7 @@ static void *run(void *arg)
 			continue;
 		if (serve_all(t, true))
 			continue;
-		uint64_t before = now_ns();
-		listen_for(t, transfer_unsubmitted(t) ? RETRY_MS : -1);
-		adapt(t, now_ns() - before);
+		adapt(t, listen_for(t, transfer_unsubmitted(t) ? RETRY_MS : -1));
 	}
 	transfer_close_ring(t);
 	return NULL;
