@@ -21,10 +21,10 @@ pytestmark = pytest.mark.guest
 
 EVERYTHING = "in_order=on,notification_data=on,notif_config_data=on,access_platform=on,order_platform=on,suspend=on"
 SERVED = {
-    "one queue": ["--queues", "1"],
-    "four queues": ["--queues", "4"],
-    "every feature": ["--queues", "4", "--features", EVERYTHING],
-    "in Python": ["--queues", "1", "--engine", "python"],
+    "one queue": ["--engine", "native", "--queues", "1"],
+    "four queues": ["--engine", "native", "--queues", "4"],
+    "every feature": ["--engine", "native", "--queues", "4", "--features", EVERYTHING],
+    "in Python": ["--engine", "python", "--queues", "1"],
 }
 """How the disk is served: with the features that are offered by default, or with all that can be, by either engine."""
 

@@ -23,25 +23,28 @@ EXTRAS = "suspend=on,notification_data=on,notif_config_data=on,access_platform=o
 FILES = {"FILE": "/var/tmp", "FILE IN MEMORY": "/dev/shm"}
 """What stands for a file of 16 MiB, and where that is: on a disk or not."""
 
+NATIVE, PYTHON = ("--engine", "native"), ("--engine", "python")
+"""Which is told so that the other one cannot do it unseen; what does not say is a disk of a user's, or has a filter."""
+
 SETUPS = {
-    "plain": ["--queues", "1", "--features", "mq=off,packed=off,indirect=off,event_idx=off", "memory:64K"],
-    "default": ["--queues", "4", "memory:64M"],
-    "default, in Python": ["--engine", "python", "--queues", "4", "memory:64M"],
-    "busy": ["--poll-us", "busy", "--io-threads", "1", "--queues", "4", "memory:16M"],
-    "file": ["--queues", "4", "FILE"],
-    "file, in Python": ["--engine", "python", "--queues", "4", "FILE"],
-    "file in memory": ["--queues", "4", "--cache", "writethrough", "FILE IN MEMORY"],
-    "direct": ["--block-size", "4096", "--queues", "4", "FILE", "direct=on"],
+    "plain": [*NATIVE, "--queues", "1", "--features", "mq=off,packed=off,indirect=off,event_idx=off", "memory:64K"],
+    "default": [*NATIVE, "--queues", "4", "memory:64M"],
+    "default, in Python": [*PYTHON, "--queues", "4", "memory:64M"],
+    "busy": [*NATIVE, "--poll-us", "busy", "--io-threads", "1", "--queues", "4", "memory:16M"],
+    "file": [*NATIVE, "--queues", "4", "FILE"],
+    "file, in Python": [*PYTHON, "--queues", "4", "FILE"],
+    "file in memory": [*NATIVE, "--queues", "4", "--cache", "writethrough", "FILE IN MEMORY"],
+    "direct": [*NATIVE, "--block-size", "4096", "--queues", "4", "FILE", "direct=on"],
     "everything": ["--queues", "4", "--features", EXTRAS, DISK],
     "in order": ["--queues", "2", "--queue-size", "16", "--features", f"in_order=on,{EXTRAS}", DISK],
-    "read-only": ["--read-only", "--serial", "twenty characters ok", "memory:16M"],
+    "read-only": [*NATIVE, "--read-only", "--serial", "twenty characters ok", "memory:16M"],
     "says it is read-only": [DISK, "read_write=off"],
     "4096": ["--cache", "writethrough", DISK, "sector_size=4096"],
     "zoned": ["--filter", "zoned:zone_size=1M,zone_capacity=768K,conventional=2,max_open=4,max_active=6", "memory:16M"],
     "failed zones": ["conform_zones.py"],
     "host-aware zones": ["conform_zones.py", "model=host-aware"],
     "read-only zones": ["conform_zones.py", "read_write=off"],
-    "all at its largest": ["--queues", "64", "--queue-size", "32768", "memory:5G"],
+    "all at its largest": [*NATIVE, "--queues", "64", "--queue-size", "32768", "memory:5G"],
 }
 
 
