@@ -258,6 +258,7 @@ int vmm_queue_start(struct vmm_queue *q, const struct vmm_queue_config *config);
 void vmm_queue_stop(struct vmm_queue *q);
 int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max);
 int vmm_queue_poll(struct vmm_queue *q, struct vmm_chain *out, int max);
+int vmm_queue_pop_some(struct vmm_queue *q, struct vmm_chain *out, int max, uint64_t bytes, bool arm);
 int vmm_queue_complete(struct vmm_queue *q, const struct vmm_completion *done, int n);
 int vmm_queue_timer(const struct vmm_queue *q);
 void vmm_queue_tell(struct vmm_queue *q, bool sleep);

@@ -490,23 +490,26 @@ static int corrupt(struct vmm_queue *q, int n)
 	return n;
 }
 
-static int pop_available(struct vmm_queue *q, struct vmm_chain *out, int max, bool arm)
+static int pop_available(struct vmm_queue *q, struct vmm_chain *out, int max, uint64_t bytes, bool arm)
 {
+	uint64_t taken = 0;
 	int n = 0, waiting;
 
 	while ((waiting = q->format->available(q)) || (arm && (waiting = arm_kicks(q)))) {
-		if (waiting > 0 && (n == max || !may_take(q))) {
+		if (waiting > 0 && (n == max || taken >= bytes || !may_take(q))) {
 			q->starved = !may_take(q);
 			return n;
 		}
 		if (waiting < 0 || !take_next(q, &out[n]))
 			return corrupt(q, n);
+		taken += out[n].readable + out[n].writable;
 		n++;
 	}
 	return n;
 }
 
-static int pop(struct vmm_queue *q, struct vmm_chain *out, int max, bool arm)
+/* Pop up to max chains, and none after those that ask for so many bytes: then, too, there may be more. */
+int vmm_queue_pop_some(struct vmm_queue *q, struct vmm_chain *out, int max, uint64_t bytes, bool arm)
 {
 	bool interrupt = false;
 	int n = 0;
@@ -528,7 +531,7 @@ static int pop(struct vmm_queue *q, struct vmm_chain *out, int max, bool arm)
 	if (q->broken)
 		n = q->broken;
 	else if (!held_back(q))
-		n = pop_available(q, out, max, arm);
+		n = pop_available(q, out, max, bytes, arm);
 	if (n <= 0 && memory_lost(q))
 		n = q->broken = -EIO;
 out:
@@ -547,13 +550,13 @@ out:
  */
 int vmm_queue_pop(struct vmm_queue *q, struct vmm_chain *out, int max)
 {
-	return pop(q, out, max, true);
+	return vmm_queue_pop_some(q, out, max, UINT64_MAX, true);
 }
 
 /* The same for whoever looks again by himself: no doorbell is asked for. */
 int vmm_queue_poll(struct vmm_queue *q, struct vmm_chain *out, int max)
 {
-	return pop(q, out, max, false);
+	return vmm_queue_pop_some(q, out, max, UINT64_MAX, false);
 }
 
 /*
