@@ -28,7 +28,7 @@ def test_a_broken_device_is_noticed(mutant: Mutant, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mutant", MUTANTS, ids=_name)
+@pytest.mark.parametrize("mutant", [each for each in MUTANTS if each.setup], ids=_name)
 def test_conform_notices_a_broken_device(mutant: Mutant, tmp_path: Path) -> None:
     """Against the broken device a check fails that passes against ours."""
     tree, folder = tmp_path / "tree", tmp_path / "served"

@@ -26,11 +26,12 @@ class Mutant:
     new: str
     tests: str
     setup: str = "everything"
-    """What ``vmmblk conform`` must notice it with, see setups.py."""
+    """What ``vmmblk conform`` must notice it with, see setups.py; empty if only one who sees the disk itself can."""
 
 
 DEVICE, QUEUES, PCI, REQUEST = (f"tests/test_{name}.py" for name in ("device", "device_queues", "pci", "request"))
 ZONED = "tests/test_conformance_zoned.py"
+ENGINE, ENGINE_REQUESTS = "tests/test_engine.py -k", "tests/test_engine_requests.py -k"
 RING, PACKED, REQUESTS = "tests/test_ring.py", "tests/test_ring_packed.py", "tests/test_server_requests.py -k"
 
 MUTANTS = [
@@ -431,6 +432,79 @@ MUTANTS = [
         "	atomic_fetch_or(&d->isr, ISR_CONFIG);\n",
         "	(void)ISR_CONFIG;\n",
         RING,
+    ),
+    # the engine
+    Mutant(
+        "HOSTILE-154 the engine does not look where the disk ends",
+        "vmmblk/csrc/*.c",
+        "(e->target.sector_size - 1)) && *length <= size - *offset;",
+        "(e->target.sector_size - 1));",
+        f"{ENGINE} past_the_end",
+        "file",
+    ),
+    Mutant(
+        "BLK-060 the engine writes disks that are read-only",
+        "vmmblk/csrc/*.c",
+        "	if (write && !e->target.writable)\n		return false;\n",
+        "",
+        f"{ENGINE} read_only",
+        "read-only",
+    ),
+    Mutant(
+        "BLK-090 the engine zeroes nothing",
+        "vmmblk/csrc/*.c",
+        "memset(from, 0, ranges[i].length);",
+        "(void)from;",
+        f"{ENGINE_REQUESTS} in_c_alone",
+        "default",
+    ),
+    Mutant(
+        "BLK-086 the engine takes any flag for zeroing",
+        "vmmblk/csrc/*.c",
+        "discard ? 0 : FLAG_UNMAP, &out[n])",
+        "discard ? 0 : UINT32_MAX, &out[n])",
+        f"{ENGINE_REQUESTS} refused",
+        "default",
+    ),
+    Mutant(
+        "HOSTILE-173 the engine takes segments that are not whole",
+        "vmmblk/csrc/*.c",
+        "c->readable % sizeof(payload[0]) || count > most",
+        "count > most",
+        f"{ENGINE_REQUESTS} refused",
+        "default",
+    ),
+    Mutant(
+        "HOSTILE-177 the engine discards and zeroes past the end",
+        "vmmblk/csrc/*.c",
+        " || sector > size / SECTOR || sectors > size / SECTOR - sector)",
+        " || sector > size / SECTOR)",
+        f"{ENGINE_REQUESTS} refused",
+        "file",
+    ),
+    Mutant(
+        "BLK-089 zeroing gives space back that it may not unmap",
+        "vmmblk/csrc/*.c",
+        "if (discard || ranges[i].unmap)",
+        "if (true)",
+        f"{ENGINE_REQUESTS} given_back",
+        "",
+    ),
+    Mutant(
+        "BLK-067 the engine answers a flush and syncs nothing",
+        "vmmblk/csrc/*.c",
+        "return begin(t, op_of(l, c, TYPE_FLUSH));",
+        "return DONE;",
+        f"{ENGINE} durable",
+        "",
+    ),
+    Mutant(
+        "BLK-071 a write that the kernel failed is completed",
+        "vmmblk/csrc/*.c",
+        "bool well = went_well(op, result);",
+        "bool well = went_well(op, result) || result < 0;",
+        f"{ENGINE} write_that_fails",
+        "",
     ),
 ]
 
