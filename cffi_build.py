@@ -29,7 +29,7 @@ CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-flto=auto", "-Wall", "-Wextra", 
 SYSTEM = (Path("/usr/local"), Path("/usr"))
 
 CORE_RINGS = ["memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c"]
-CORE_SOURCES = [*CORE_RINGS, "driver.c", "driver_packed.c", "engine.c", "transfer.c", "bench.c"]
+CORE_SOURCES = [*CORE_RINGS, "driver.c", "driver_packed.c", "engine.c", "transfer.c", "ranges.c", "bounce.c", "bench.c"]
 CORE_HEADERS = ["core.h", "driver.h", "engine.h", "bench.h"]
 CORE_DECLARATIONS = ["core.cdef", "driver.cdef", "engine.cdef", "bench.cdef"]
 VFU_SOURCES = ["vfu.c"]

@@ -77,12 +77,16 @@ def test_a_driver_that_rewrites_what_the_device_reads(tmp_path: Path, sanitizers
 def test_the_engine_while_memory_comes_and_goes(tmp_path: Path, sanitizers: list[str], rounds: int) -> None:
     """Every request of every queue is answered once, with the right data, while memory is taken back and mapped anew.
 
-    Memory, files that never wait, files by io_uring, and files whose transfers are handed over.
+    Memory, files that never wait, files by io_uring, with and without private memory, and files whose transfers are
+    handed over.
     """
     names = ("memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c", "driver.c", "driver_packed.c")
-    sources = [TESTS / "csrc" / "test_engine.c", *(CSRC / name for name in (*names, "engine.c", "transfer.c"))]
+    sources = [
+        TESTS / "csrc" / "test_engine.c",
+        *(CSRC / name for name in (*names, "engine.c", "transfer.c", "ranges.c", "bounce.c")),
+    ]
     program = build(tmp_path / "test_engine", sanitizers, *sources, libraries=["-luring"])
-    for kind in ("memory", "inline", "uring", "threads"):
+    for kind in ("memory", "inline", "uring", "bounce", "threads"):
         assert run(program, kind, str(rounds)) == "ok\n"
 
 

@@ -66,10 +66,12 @@ class Pipe(Block):
         os.write(self.tap, byte * (SECTOR * sectors))
 
 
-@pytest.fixture
-def pipe() -> Pipe:
-    """A disk."""
-    return Pipe()
+@pytest.fixture(params=[False, True], ids=["guest memory", "private memory"])
+def pipe(request: pytest.FixtureRequest) -> Pipe:
+    """A disk, whose data goes through private memory or not."""
+    disk = Pipe()
+    disk.bounce = request.param
+    return disk
 
 
 @contextlib.contextmanager
@@ -224,3 +226,38 @@ def test_a_read_that_ends_early(serve: Serve, pipe: Pipe) -> None:
         assert [each.result() for each in pendings] == 4 * [bytes(SECTOR)]
         assert DeviceStatus.NEEDS_RESET not in v.status
     assert pipe.calls == 4
+
+
+def test_more_than_private_memory_can_hold(serve: Serve) -> None:
+    """Those that find none of it free wait for it, in their order; a drain waits for them, too."""
+    pipe = Pipe()
+    pipe.bounce = True
+    served = serve(pipe, engine="native", queues=2, io=EngineOptions(threads=1))
+    with reading(served, count=80, queues=2) as (v, pendings), GuestMemory(MIB) as more:
+        for i in range(80):
+            os.write(pipe.tap, bytes([i]) * SECTOR)
+        v.connection.dma_map(1 << 40, MIB, more.fd, 0, 3)
+        v.wait_all(pendings)
+        assert sorted(each.result()[0] for each in pendings) == list(range(80))
+        assert all(each.result() == SECTOR * each.result()[:1] for each in pendings)
+        works(v, pipe)
+    assert not pipe.calls
+
+
+def test_who_waits_for_private_memory_is_taken_back(serve: Serve, logs: Logs) -> None:
+    """Requests that have not reached the kernel end as late as those that have, and change nothing of the guest's."""
+    logs.expect(TAKEN_BACK)
+    pipe = Pipe()
+    pipe.bounce = True
+    served = serve(pipe, engine="native")
+    with reading(served, count=80) as (v, _):
+        v.init()
+        assert served.server._core.orphans == 80
+        before = snapshot(v.memory)
+        pipe.pour(b"o", 40)
+        until(lambda: served.server._core.orphans == 40)
+        pipe.pour(b"o", 40)
+        until(lambda: not served.server._core.orphans)
+        assert not changed(v.memory, before)
+        works(v, pipe)
+    assert not pipe.calls

@@ -314,6 +314,23 @@ class SupportsSubmit(Protocol):
         """
 
 
+class Operation(enum.Flag):
+    """Which optional protocols a block has."""
+
+    FLUSH = enum.auto()
+    DISCARD = enum.auto()
+    WRITE_ZEROES = enum.auto()
+    IDENTIFY = enum.auto()
+    RESIZE = enum.auto()
+    SECURE_ERASE = enum.auto()
+    LIFETIME = enum.auto()
+    ZONES = enum.auto()
+    SUBMIT = enum.auto()
+
+
+_NO_OPERATION = Operation(0)
+
+
 class Substance(enum.Enum):
     """What a disk is made of that the native engine knows."""
 
@@ -330,6 +347,10 @@ class Native:
     ``address`` is where MEMORY lies, and it stays there, up to the largest size; ``fileno`` is the open FILE, which
     stays open.  Both are the disk's until ``disconnect``.  ``write_failed`` is called with each error of a write that
     the engine made, in the thread of the event loop.
+
+    ``operations`` are those that the engine may carry out itself, too, and how: FLUSH is fdatasync of the FILE; DISCARD
+    punches holes into it (fallocate), and WRITE_ZEROES does so or zeroes, then syncs.  MEMORY is private and anonymous:
+    both zero it, and give whole pages back (MADV_DONTNEED) unless zeroing must not unmap.  Of NOTHING, nothing is left.
     """
 
     substance: Substance
@@ -340,6 +361,10 @@ class Native:
     in_memory: bool = False
     """FILE: reads and writes never wait for a device (tmpfs)."""
     write_failed: Callable[[OSError], None] | None = None
+    operations: Operation = _NO_OPERATION
+    lost: int = 0
+    """FILE: the address of a byte, the disk's, or 0.  It is 1 once something written was lost: from then on no flush
+    succeeds.  The engine sets it, and looks at it, too."""
 
 
 @runtime_checkable
@@ -356,20 +381,6 @@ class SupportsUnchecked(Protocol):
 
     def unchecked(self) -> Block:
         """The disk itself, for reads and writes of whole sectors inside it, unless it is read-only or disconnected."""
-
-
-class Operation(enum.Flag):
-    """Which optional protocols a block has."""
-
-    FLUSH = enum.auto()
-    DISCARD = enum.auto()
-    WRITE_ZEROES = enum.auto()
-    IDENTIFY = enum.auto()
-    RESIZE = enum.auto()
-    SECURE_ERASE = enum.auto()
-    LIFETIME = enum.auto()
-    ZONES = enum.auto()
-    SUBMIT = enum.auto()
 
 
 _PROTOCOLS = {

@@ -1,7 +1,7 @@
 """The native engine: queues whose disk is memory, a file or nothing, served in C (csrc/engine.c).
 
-It reads and writes what the disk is made of (:class:`~vmmblk.block.Native`); whatever is no plain read or write comes
-to the worker, as do requests that fail, so both ways give the same answers.
+It reads and writes what the disk is made of (:class:`~vmmblk.block.Native`), flushes, discards and zeroes; whatever
+is not plainly good comes to the worker, as do requests that fail, so both ways give the same answers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmmblk._core import ffi, lib
-from vmmblk.block import Block, Native, Substance, SupportsNative
+from vmmblk.block import Block, Native, Operation, Substance, SupportsNative, operations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +55,14 @@ def native(block: Block) -> Native | None:
     return block.native() if isinstance(block, SupportsNative) else None
 
 
+def _flush(block: Block, made_of: Native) -> int:
+    if Operation.FLUSH not in operations(block):
+        needless: int = lib.VMM_FLUSH_NEEDLESS
+        return needless
+    sync: int = lib.VMM_FLUSH_SYNC if Operation.FLUSH in made_of.operations else lib.VMM_FLUSH_HAND_OVER
+    return sync
+
+
 class Engine:
     """Serves ``queues``, of at most ``queue_size`` descriptors each, from ``made_of``, which ``block`` is made of.
 
@@ -66,6 +74,7 @@ class Engine:
     ) -> None:
         self._made_of = made_of
         self._options = options
+        offered = made_of.operations & operations(block)
         target = {
             "kind": _KINDS[made_of.substance],
             "sector_size": block.info.sector_size,
@@ -75,6 +84,11 @@ class Engine:
             "writable": block.info.read_write,
             "direct": made_of.direct,
             "in_memory": made_of.in_memory,
+            "bounce": block.bounce,
+            "discards": Operation.DISCARD in offered,
+            "zeroes": Operation.WRITE_ZEROES in offered,
+            "flush": _flush(block, made_of),
+            "lost": made_of.lost,
         }
         settings = {
             "poll_ns": _POLL_ALWAYS if options.poll_us is None else options.poll_us * 1000,
@@ -140,6 +154,13 @@ class Engine:
     def set_write_cache(self, on: bool) -> None:
         """Whether completed writes may be volatile until the next flush.  From any thread."""
         lib.vmm_engine_set_write_cache(self._handle, on)
+
+    def limit(self, discard: tuple[int, int], write_zeroes: tuple[int, int]) -> None:
+        """What the driver may ask for: sectors of 512 bytes in a segment, and segments; zeroes for what it may not.
+
+        From any thread, before the queues start.
+        """
+        lib.vmm_engine_limit(self._handle, *discard, *write_zeroes)
 
     def enable(self, on: bool) -> None:
         """Off, every request is handed over.  From any thread."""

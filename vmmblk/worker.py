@@ -50,6 +50,7 @@ from vmmblk.request import (
     Read,
     Request,
     SecureErase,
+    SegmentLimits,
     Write,
     WriteZeroes,
     ZoneAppend,
@@ -199,6 +200,10 @@ class Worker:
         self._limits = limits
         if self._engine is not None:  # it completes what it serves at once, whatever else is under way
             self._engine.enable(not limits.features & Feature.IN_ORDER.mask)
+            self._engine.limit(
+                _if_negotiated(limits, Feature.BLK_DISCARD, limits.discard),
+                _if_negotiated(limits, Feature.BLK_WRITE_ZEROES, limits.write_zeroes),
+            )
 
     def grown(self) -> None:
         """The block has become bigger.  From any thread."""
@@ -663,6 +668,10 @@ class Worker:
                 if fill:
                     _scatter(buffer, piece)
                 sector += size // self._sector_size
+
+
+def _if_negotiated(limits: Limits, feature: Feature, allowed: SegmentLimits) -> tuple[int, int]:
+    return (allowed.max_sectors, allowed.max_seg) if limits.features & feature.mask else (0, 0)
 
 
 async def _attempt(what: str, call: Callable[[], Awaitable[None] | None]) -> None:

@@ -1,12 +1,13 @@
 /*
- * The native engine by itself: drivers in threads of their own read and write through it and check the data, while
+ * The native engine by itself: drivers in threads of their own read, write and zero through it and check the data, while
  * another thread, as the transport does, pauses the queues, takes memory back from what is in flight, and maps memory
  * anew.  A third answers what the engine hands over, as the worker does.
  *
  *     test_engine KIND ROUNDS
  *
- * KIND is memory, inline (a file that never waits), uring, or threads (a file without io_uring).  The file is in memory
- * whatever the engine is told of it.  The drivers sleep until they are told; with files interrupts are held back.
+ * KIND is memory, inline (a file that never waits), uring, bounce (the same through private memory), or threads (a file
+ * without io_uring).  The file is in memory whatever the engine is told of it.  The drivers sleep until they are
+ * told; with files interrupts are held back.
  */
 #include "core.h"
 #include "driver.h"
@@ -36,10 +37,12 @@
 #define LENGTH 2048u		/* of a transfer */
 #define DISK (QUEUES * DEPTH * LENGTH)
 #define SECTOR 512
+#define UNMAP 1
 #define RETIRED 4096
 #define TIMEOUT_MS 10000
 
-enum { IN = 0, OUT = 1, FLUSH = 4 };
+enum { IN = 0, OUT = 1, FLUSH = 4, GET_ID = 8, WRITE_ZEROES = 13 };
+enum { UNKNOWN = 0, ZEROES = 256 };	/* what fills the disk; the rest are bytes */
 enum { STATUS_OK = 0, STATUS_IOERR = 1 };
 
 struct old {
@@ -72,7 +75,7 @@ struct driver {
 	struct request {
 		int name;		/* what the ring calls it, -1: none is under way */
 		uint8_t type;
-		uint8_t wrote, holds;	/* what fills the disk there, or 0 if nobody knows */
+		uint16_t wrote, holds;	/* what fills the disk there */
 	} requests[DEPTH];
 };
 
@@ -98,30 +101,36 @@ static void submit(struct driver *d, uint32_t slot)
 	uint8_t *place = d->test->ram + at;
 	uint64_t sector = (d->index * DEPTH + slot) * (LENGTH / SECTOR);
 	uint32_t first = x & 1 ? 1024 : 1000;	/* the parts are no whole sectors */
-	bool flush = x % 31 == 0, write = !r->holds || x & 2;
+	bool small = x % 31 == 0, write = !r->holds || x & 2;
 
-	r->type = flush ? FLUSH : write ? OUT : IN;
-	r->wrote = (uint8_t)(1 + x / 64 % 255);
+	r->type = small ? x & 4 ? FLUSH : GET_ID : x % 29 == 0 ? WRITE_ZEROES : write ? OUT : IN;
+	r->wrote = r->type == WRITE_ZEROES ? ZEROES : (uint16_t)(1 + x / 64 % 255);
 	memset(place, 0, 16);
 	place[0] = r->type;
 	memcpy(place + 8, &sector, 8);
 	place[16] = 0xff;
-	memset(place + PAGE, write ? r->wrote : 0, LENGTH + 1024);
+	memset(place + PAGE, write ? (uint8_t)r->wrote : 0xee, LENGTH + 1024);
 
 	uint16_t way = r->type == IN ? VDRV_WRITE : 0;
 	struct vdrv_segment parts[4] = {
-		{ at, 16, 0 }, { at + PAGE, first, way }, { at + PAGE + first + 16, LENGTH - first, way }, { at + 16, 1, VDRV_WRITE },
+		{ at, 16, 0 }, { at + PAGE, first, way }, { at + PAGE + first + 16, LENGTH - first, way },
 	};
-	if (flush)
-		parts[1] = parts[3];
-	uint32_t count = flush ? 2 : 4;
+	uint32_t count = small ? 2 : 4;
+	if (r->type == WRITE_ZEROES) {
+		uint32_t rest[] = { LENGTH / SECTOR, x & 8 ? UNMAP : 0 };
+		memcpy(place + PAGE, &sector, 8);
+		memcpy(place + PAGE + 8, rest, 8);
+		parts[1] = (struct vdrv_segment){ at + PAGE, 16, 0 };
+		count = 3;
+	}
+	parts[count - 1] = (struct vdrv_segment){ at + 16, 1, VDRV_WRITE };
 	r->name = d->packed ? vdrv_packed_add(d->packed, parts, count, 0, NULL) : vdrv_split_add(d->split, parts, count, 0, NULL);
 	CHECK(r->name >= 0);
 }
 
-static bool is_filled(const uint8_t *p, uint32_t len, uint8_t with)
+static bool is_filled(const uint8_t *p, uint32_t len, uint16_t with)
 {
-	while (len && *p == with)
+	while (len && *p == (uint8_t)with)
 		p++, len--;
 	return !len;
 }
@@ -136,10 +145,10 @@ static void finish(struct driver *d, uint32_t slot, uint32_t used)
 	CHECK(status == STATUS_OK || status == STATUS_IOERR);
 	if (status == STATUS_IOERR) {
 		d->failed++;
-		r->holds = r->type == OUT ? 0 : r->holds;
+		r->holds = r->type == OUT || r->type == WRITE_ZEROES ? UNKNOWN : r->holds;
 		return;
 	}
-	if (r->type == OUT)
+	if (r->type == OUT || r->type == WRITE_ZEROES)
 		r->holds = r->wrote;
 	if (r->type == IN) {
 		CHECK(used == LENGTH + 1);
@@ -217,6 +226,7 @@ static void *drive(void *arg)
 
 static uint32_t answer(struct test *t, const struct vmm_chain *c)
 {
+	static const uint8_t zeroes[LENGTH];
 	struct iovec iov[8];
 	uint64_t sector;
 	bool write = c->header[0] == OUT;
@@ -225,9 +235,14 @@ static uint32_t answer(struct test *t, const struct vmm_chain *c)
 
 	if (c->error || c->flags)
 		return STATUS_IOERR;
-	if (c->header[0] == FLUSH)
+	if (c->header[0] == GET_ID || c->header[0] == FLUSH)
 		return STATUS_OK;
 	CHECK(t->fd >= 0 && n <= 8);	/* what waits, where there is no io_uring */
+	if (c->header[0] == WRITE_ZEROES) {
+		memcpy(&sector, c->first.host, 8);
+		CHECK(pwrite(t->fd, zeroes, LENGTH, (off_t)sector * SECTOR) == (ssize_t)LENGTH);
+		return STATUS_OK;
+	}
 	memcpy(&sector, c->header + 8, 8);
 	for (uint32_t i = 0; i < n; i++)
 		iov[i] = (struct iovec){ s[i].host, s[i].len };
@@ -357,7 +372,7 @@ static void *transport(void *arg)
 
 static void set_up(struct test *t, const char *kind)
 {
-	bool memory = !strcmp(kind, "memory"), uring = !strcmp(kind, "uring");
+	bool memory = !strcmp(kind, "memory"), bounce = !strcmp(kind, "bounce"), uring = bounce || !strcmp(kind, "uring");
 	int ram = memfd_create("ram", 0);
 
 	CHECK(ram >= 0 && ftruncate(ram, SIZE) == 0);
@@ -380,6 +395,7 @@ static void set_up(struct test *t, const char *kind)
 	struct vmm_target target = {
 		.kind = memory ? VMM_TARGET_MEMORY : VMM_TARGET_FILE, .sector_size = SECTOR, .alignment = 1, .writable = true,
 		.memory = (uintptr_t)t->disk, .fd = t->fd, .in_memory = !strcmp(kind, "inline"),
+		.bounce = bounce, .zeroes = true, .flush = memory ? VMM_FLUSH_NEEDLESS : VMM_FLUSH_SYNC,
 	};
 	struct vmm_engine_options options = {
 		.poll_ns = 20000, .poll_adaptive = true, .uring = uring, .threads = 2, .queue_size_max = RING_SIZE,
@@ -387,6 +403,7 @@ static void set_up(struct test *t, const char *kind)
 	t->engine = vmm_engine_new(&target, &options, t->queue, t->ready, QUEUES);
 	CHECK(t->engine);
 	vmm_engine_resize(t->engine, DISK);
+	vmm_engine_limit(t->engine, 0, 0, LENGTH / SECTOR, 1);
 	CHECK(!uring || vmm_engine_uring_error(t->engine) == 0);
 }
 

@@ -86,6 +86,7 @@ class File(Block):
     ) -> None:
         self._is_device = _is_block_device(path)
         self._lost: OSError | None = None
+        self._is_lost = ctypes.c_bool()  # an engine looks at it, and sets it as well
         self._direct = direct
         self._fd = _open(path, read_only=read_only, direct=direct, exclusive=lock and self._is_device)
         try:
@@ -108,8 +109,8 @@ class File(Block):
         return self._fd
 
     def native(self) -> Native | None:
-        """The open file; a subclass must be called, and so must one that wants private copies of guest memory."""
-        if type(self) is not File or self.bounce:
+        """The open file; a subclass must be called."""
+        if type(self) is not File:
             return None
         return Native(
             Substance.FILE,
@@ -118,6 +119,9 @@ class File(Block):
             # the node of a device lies in memory, the device does not
             in_memory=not self._is_device and _file_system(self._fd) in _IN_MEMORY,
             write_failed=self._write_failed,
+            # a device forgets with an ioctl
+            operations=File.operations & ~Operation.DISCARD if self._is_device else File.operations,
+            lost=ctypes.addressof(self._is_lost),
         )
 
     def read(self, sector_start: int, buffers: Buffers) -> None:
@@ -138,12 +142,12 @@ class File(Block):
 
     def flush(self) -> None:
         """Bring everything written to stable storage with fdatasync."""
-        if self._lost is not None:
-            raise Unknown(f"an earlier write was lost: {self._lost}")
+        if self._is_lost.value:
+            raise Unknown(f"an earlier write was lost: {self._lost or 'a flush failed'}")
         try:
             os.fdatasync(self._fd)
         except OSError as exc:
-            self._lost = None if self._direct else exc
+            self._lose(exc)
             raise
 
     def discard(self, sector_start: int, sectors: int) -> None:
@@ -176,8 +180,13 @@ class File(Block):
 
     def _write_failed(self, error: OSError) -> None:
         # it may have told of pages that write_cached left, and tells only once
-        if error.errno == errno.EIO and not self._direct:
+        if error.errno == errno.EIO:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if not self._direct:
             self._lost = error
+            self._is_lost.value = True
 
     def _range(self, sector_start: int, sectors: int) -> tuple[int, int]:
         return sector_start * self.info.sector_size, sectors * self.info.sector_size

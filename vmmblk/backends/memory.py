@@ -6,7 +6,7 @@ import ctypes
 import mmap
 from typing import TYPE_CHECKING
 
-from vmmblk.block import Block, BlockInfo, Buffers, Native, Substance, Topology
+from vmmblk.block import Block, BlockInfo, Buffers, Native, Operation, Substance, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +72,11 @@ class Memory(Block):
         """The memory; a subclass must be called."""
         if type(self) is not Memory:
             return None
-        return Native(Substance.MEMORY, address=ctypes.addressof(ctypes.c_char.from_buffer(self._map)))
+        return Native(
+            Substance.MEMORY,
+            address=ctypes.addressof(ctypes.c_char.from_buffer(self._map)),
+            operations=Operation.DISCARD | Operation.WRITE_ZEROES,
+        )
 
     def on_resize(self, changed: Callable[[], None]) -> None:
         """Have ``changed`` called after each :meth:`grow`."""

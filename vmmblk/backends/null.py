@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmmblk.block import Block, BlockInfo, Buffers, Native, Substance
+from vmmblk.block import Block, BlockInfo, Buffers, Native, Operation, Substance
 
 __all__ = ["Null"]
 
@@ -23,7 +23,9 @@ class Null(Block):
 
     def native(self) -> Native | None:
         """Nothing; a subclass must be called."""
-        return Native(Substance.NOTHING) if type(self) is Null else None
+        if type(self) is not Null:
+            return None
+        return Native(Substance.NOTHING, operations=Operation.DISCARD | Operation.WRITE_ZEROES)
 
     async def discard(self, sector_start: int, sectors: int) -> None:
         """Do nothing."""

@@ -117,7 +117,7 @@ def disk_options(command: Command) -> Command:
             "--engine",
             type=click.Choice(["auto", "native", "python"]),
             default="auto",
-            help="Serve reads and writes in C (native), if the disk is a file or memory, or call the disk (python).",
+            help="Serve requests in C (native), if the disk is a file or memory, or call the disk (python).",
         ),
         click.option(
             "--poll-us",

@@ -74,12 +74,12 @@ int vmm_lane_take(struct vmm_lane *l, struct vmm_chain *out, int max)
 static int pop_or_tell(struct vmm_lane *l, struct vmm_chain *chains, bool arm)
 {
 	struct vmm_queue *q = l->queue;
-	int n = arm ? vmm_queue_pop(q, chains, BATCH) : vmm_queue_poll(q, chains, BATCH);
+	int n = vmm_queue_pop_some(q, chains, BATCH, BATCH_BYTES, arm);
 
 	if (n >= 0)
 		return n;
 	uint32_t epoch = vmm_queue_epoch(q);
-	n = vmm_queue_poll(q, chains, BATCH);
+	n = vmm_queue_pop_some(q, chains, BATCH, BATCH_BYTES, false);
 	if (n < 0 && vmm_queue_epoch(q) == epoch)
 		hand_over_failure(l, n, epoch, arm);
 	return n < 0 ? 0 : n;
@@ -270,6 +270,7 @@ struct vmm_engine *vmm_engine_new(const struct vmm_target *target, const struct 
 	e->threads = calloc(e->nr_threads, sizeof(*e->threads));
 	atomic_store(&e->nowait_reads, true);
 	atomic_store(&e->enabled, true);
+	e->lost = target->lost ? (atomic_bool *)(uintptr_t)target->lost : &e->own_lost;
 	bool made = e->lanes && e->threads && e->stop_fd >= 0;
 	for (uint32_t i = 0; made && i < count; i++, e->nr_lanes++)
 		made = make_lane(e, &e->lanes[i], queues[i], ready_fds[i]);
@@ -360,8 +361,10 @@ void vmm_engine_free(struct vmm_engine *e)
 		transfer_close_ring(&e->threads[i]);
 	for (uint32_t i = 0; i < e->nr_lanes; i++) {
 		struct vmm_lane *l = &e->lanes[i];
-		for (uint32_t s = 0; l->ops && s < e->options.queue_size_max; s++)
+		for (uint32_t s = 0; l->ops && s < e->options.queue_size_max; s++) {
+			free(l->ops[s].ranges);
 			free(l->ops[s].iov);
+		}
 		free(l->ops);
 		free(l->handed);
 		pthread_mutex_destroy(&l->lock);
@@ -383,6 +386,16 @@ void vmm_engine_resize(struct vmm_engine *e, uint64_t size)
 void vmm_engine_set_write_cache(struct vmm_engine *e, bool on)
 {
 	atomic_store(&e->write_cache, on);
+}
+
+/* What the driver may discard and zero: sectors of 512 bytes in a segment, and segments; 0 if it may not. */
+void vmm_engine_limit(struct vmm_engine *e, uint32_t discard_sectors, uint32_t discard_segments, uint32_t zeroes_sectors,
+		      uint32_t zeroes_segments)
+{
+	atomic_store(&e->discard.sectors, discard_sectors);
+	atomic_store(&e->discard.segments, discard_segments);
+	atomic_store(&e->zeroes.sectors, zeroes_sectors);
+	atomic_store(&e->zeroes.segments, zeroes_segments);
 }
 
 /* Off, everything is handed over. */

@@ -2,9 +2,9 @@
  * The native engine: serves queues whose disk is memory, a file or nothing, from the ring to the interrupt, in threads
  * of its own.
  *
- * It serves what is plainly good: reads and writes of whole sectors inside the disk.  Everything else is handed over:
- * other requests, bad ones, those whose memory does not suit the file, and transfers that failed.  So there is one
- * place that knows what answer they get, and it is not here.
+ * It serves what is plainly good: reads, writes, discards and zeroes of whole sectors inside the disk, and flushes.
+ * Everything else is handed over: other requests, bad ones, and what failed.  So there is one place that knows what
+ * answer they get, and it is not here.
  *
  * A lane is what serves one queue.  Chains that are handed over wait in the lane until vmm_lane_take(), which looks to
  * its caller like vmm_queue_pop(); ready_fd, an eventfd, tells of them.  Whoever takes one completes it.
@@ -20,6 +20,12 @@ enum vmm_target_kind {
 	VMM_TARGET_FILE,
 };
 
+enum vmm_flush {
+	VMM_FLUSH_HAND_OVER,
+	VMM_FLUSH_NEEDLESS,	/* what was written is as durable as it gets */
+	VMM_FLUSH_SYNC,		/* FILE: fdatasync */
+};
+
 struct vmm_target {
 	uint32_t kind;
 	uint32_t sector_size;	/* a power of two */
@@ -29,6 +35,10 @@ struct vmm_target {
 	bool writable;
 	bool direct;		/* FILE: opened with O_DIRECT */
 	bool in_memory;		/* FILE: on a file system that never waits (tmpfs) */
+	bool bounce;		/* FILE: the kernel is given private memory instead of guest memory */
+	bool discards, zeroes;	/* MEMORY is zeroed, and its pages given back; of a FILE there is fallocate */
+	uint32_t flush;
+	uint64_t lost;		/* the address of an atomic bool, or 0: something written was lost, so no flush succeeds */
 };
 
 #define VMM_POLL_ALWAYS UINT64_MAX
@@ -52,6 +62,8 @@ bool vmm_engine_join(struct vmm_engine *e, uint32_t milliseconds);
 void vmm_engine_free(struct vmm_engine *e);
 void vmm_engine_resize(struct vmm_engine *e, uint64_t size);
 void vmm_engine_set_write_cache(struct vmm_engine *e, bool on);
+void vmm_engine_limit(struct vmm_engine *e, uint32_t discard_sectors, uint32_t discard_segments, uint32_t zeroes_sectors,
+		      uint32_t zeroes_segments);
 void vmm_engine_enable(struct vmm_engine *e, bool on);
 int vmm_engine_uring_error(const struct vmm_engine *e);
 struct vmm_lane *vmm_engine_lane(struct vmm_engine *e, uint32_t index);

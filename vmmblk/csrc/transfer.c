@@ -7,40 +7,28 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
-#define SECTOR 512
-#define TYPE_IN 0
-#define TYPE_OUT 1
 #define URING_MAX 32768
 #define IDLE_IOV 16			/* an operation that is over keeps at most so many vectors allocated */
 #define SLOW_NS 2000000			/* a write to the page cache that took so long was held back: */
 #define SLOW_REST_NS 100000000		/* for so long no other is tried without io_uring */
 
 /* A read or write that is plainly good: what there is to say about others is not said here. */
-static bool understand(const struct vmm_engine *e, const struct vmm_chain *c, bool *write, uint64_t *offset,
+static bool understand(const struct vmm_engine *e, const struct vmm_chain *c, bool write, uint64_t *offset,
 		       uint64_t *length)
 {
-	uint32_t type;
 	uint64_t sector, size = atomic_load_explicit(&e->size, memory_order_relaxed);
 
-	memcpy(&type, c->header, sizeof(type));
 	memcpy(&sector, c->header + 8, sizeof(sector));
-	type = le32toh(type);
 	sector = le64toh(sector);
-	if (c->flags || c->header_len != VMM_HEADER_SIZE || type > TYPE_OUT || (type == TYPE_OUT && !e->target.writable))
+	if (write && !e->target.writable)
 		return false;
-	*write = type == TYPE_OUT;
-	*length = *write ? c->readable : c->writable;
+	*length = write ? c->readable : c->writable;
 	if (!*length || sector > size / SECTOR)
 		return false;
 	*offset = sector * SECTOR;
 	return !((*offset | *length) & (e->target.sector_size - 1)) && *length <= size - *offset;
-}
-
-static const struct vmm_seg *segments(const struct vmm_chain *c, bool write, uint32_t *n)
-{
-	*n = write ? c->readable_segs : c->writable_segs;
-	return write ? c->segs : c->segs + c->readable_segs;
 }
 
 static void copy(const struct vmm_chain *c, bool write, uint8_t *disk)
@@ -89,27 +77,36 @@ static bool make_room(struct op *op, uint32_t n)
 	return true;
 }
 
-static bool prepare(struct vmm_lane *l, const struct vmm_chain *c, bool write, uint64_t offset, struct op **prepared)
+static bool prepare(struct vmm_engine *e, struct op *op)
 {
-	struct op *op = &l->ops[c->token & 0xffff];
 	uint32_t n;
-	const struct vmm_seg *s = segments(c, write, &n);
+	const struct vmm_seg *s = segments(&op->chain, op->type == TYPE_OUT, &n);
 
-	if (!suits(l->engine, s, n) || !make_room(op, n))
+	if (!suits(e, s, n) || !make_room(op, n))
 		return false;
 	for (uint32_t i = 0; i < n; i++)
 		op->iov[i] = (struct iovec){ s[i].host, s[i].len };
-	op->chain = *c;
 	op->nr_iov = n;
 	op->first = 0;
-	op->offset = offset;
-	op->write = write;
-	*prepared = op;
 	return true;
 }
 
-static void over(struct op *op)
+/* Of the slot that the chain has. */
+static struct op *op_of(struct vmm_lane *l, const struct vmm_chain *c, enum request_type type)
 {
+	struct op *op = &l->ops[c->token & 0xffff];
+
+	op->chain = *c;
+	op->type = type;
+	op->lane = l;
+	return op;
+}
+
+static void over(struct io_thread *t, struct op *op)
+{
+	pool_give(&t->pool, op);
+	free(op->ranges);
+	op->ranges = NULL;
 	if (op->max_iov > IDLE_IOV) {
 		free(op->iov);
 		op->iov = NULL;
@@ -117,8 +114,8 @@ static void over(struct op *op)
 	}
 }
 
-/* So many bytes are done; true if that was all. */
-static bool advance(struct op *op, uint64_t bytes)
+/* So many bytes of the vectors are done; true if that was all of them. */
+static bool advance_vectors(struct op *op, uint64_t bytes)
 {
 	op->offset += bytes;
 	while (op->first < op->nr_iov && bytes >= op->iov[op->first].iov_len)
@@ -135,38 +132,15 @@ static int write_flags(const struct vmm_engine *e)
 	return atomic_load_explicit(&e->write_cache, memory_order_relaxed) ? 0 : RWF_DSYNC;
 }
 
-/* Try without waiting: bytes done, -EAGAIN if the kernel should do it, another -errno. */
-static ssize_t attempt(struct io_thread *t, struct op *op)
+/* Into the page cache, which waits only when too much of it is dirty. */
+static ssize_t write_to_cache(struct io_thread *t, struct op *op)
 {
-	struct vmm_engine *e = t->engine;
-	const struct iovec *iov = op->iov + op->first;
-	int n = (int)(op->nr_iov - op->first), fd = e->target.fd;
-	ssize_t done;
-
-	if (e->target.direct)
-		return -EAGAIN;
-	if (!op->write) {
-		bool nowait = !e->target.in_memory;
-		if (nowait && !atomic_load_explicit(&e->nowait_reads, memory_order_relaxed))
-			return -EAGAIN;
-		done = preadv2(fd, iov, n, (off_t)op->offset, nowait ? RWF_NOWAIT : 0);
-		if (done < 0 && nowait && errno == EOPNOTSUPP) {
-			atomic_store(&e->nowait_reads, false);
-			return -EAGAIN;
-		}
-		return done < 0 ? -errno : done;
-	}
-	if (e->target.in_memory) {
-		done = pwritev2(fd, iov, n, (off_t)op->offset, 0);
-		return done < 0 ? -errno : done;
-	}
-	if (write_flags(e))
-		return -EAGAIN;
-	/* into the page cache, which waits only when too much of it is dirty */
 	uint64_t before = now_ns();
-	if (before < t->slow_until)
+
+	if (write_flags(t->engine) || before < t->slow_until)
 		return -EAGAIN;
-	done = pwritev2(fd, iov, n, (off_t)op->offset, 0);
+	ssize_t done = pwritev2(t->engine->target.fd, op->iov + op->first, (int)(op->nr_iov - op->first),
+				(off_t)op->offset, 0);
 	int error = errno;
 	uint64_t after = now_ns();
 	if (after - before > SLOW_NS)
@@ -174,40 +148,143 @@ static ssize_t attempt(struct io_thread *t, struct op *op)
 	return done < 0 ? -error : done;
 }
 
-static bool submit(struct io_thread *t, struct vmm_lane *l, struct op *op)
+static ssize_t read_from_cache(struct io_thread *t, struct op *op)
 {
 	struct vmm_engine *e = t->engine;
+	bool nowait = !e->target.in_memory;
+
+	if (nowait && !atomic_load_explicit(&e->nowait_reads, memory_order_relaxed))
+		return -EAGAIN;
+	ssize_t done = preadv2(e->target.fd, op->iov + op->first, (int)(op->nr_iov - op->first), (off_t)op->offset,
+			       nowait ? RWF_NOWAIT : 0);
+	if (done < 0 && nowait && errno == EOPNOTSUPP) {
+		atomic_store(&e->nowait_reads, false);
+		return -EAGAIN;
+	}
+	return done < 0 ? -errno : done;
+}
+
+/* Try without waiting: what the kernel would say of it, -EAGAIN if it should be asked. */
+static ssize_t attempt(struct io_thread *t, struct op *op)
+{
+	const struct vmm_target *target = &t->engine->target;
+	ssize_t done;
+
+	if (op->type == TYPE_FLUSH && target->in_memory)
+		return fdatasync(target->fd) ? -errno : 0;
+	if (target->direct || op->type > TYPE_OUT)
+		return -EAGAIN;
+	if (op->type == TYPE_IN)
+		return read_from_cache(t, op);
+	if (!target->in_memory)
+		return write_to_cache(t, op);
+	done = pwritev2(target->fd, op->iov + op->first, (int)(op->nr_iov - op->first), (off_t)op->offset, 0);
+	return done < 0 ? -errno : done;
+}
+
+static void prepare_transfer(const struct io_thread *t, const struct op *op, struct io_uring_sqe *sqe)
+{
 	const struct iovec *iov = op->iov + op->first;
 	uint32_t n = op->nr_iov - op->first;
+
+	if (op->buffer && t->pool.registered) {
+		if (op->type == TYPE_OUT)
+			io_uring_prep_write_fixed(sqe, 0, iov->iov_base, (unsigned)iov->iov_len, op->offset, 0);
+		else
+			io_uring_prep_read_fixed(sqe, 0, iov->iov_base, (unsigned)iov->iov_len, op->offset, 0);
+	} else if (op->type == TYPE_OUT) {
+		io_uring_prep_writev(sqe, 0, iov, n, op->offset);
+	} else {
+		io_uring_prep_readv(sqe, 0, iov, n, op->offset);
+	}
+	if (op->type == TYPE_OUT)
+		sqe->rw_flags = write_flags(t->engine);
+}
+
+static bool syncs(const struct op *op)
+{
+	return op->type == TYPE_FLUSH || (op->type == TYPE_WRITE_ZEROES && op->range == op->nr_ranges);
+}
+
+static void prepare_range(const struct op *op, struct io_uring_sqe *sqe)
+{
+	const struct range *range = &op->ranges[op->range];
+	bool punch = op->type == TYPE_DISCARD || range->unmap;
+	int mode = punch ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
+
+	io_uring_prep_fallocate(sqe, 0, mode | FALLOC_FL_KEEP_SIZE, range->offset, range->length);
+}
+
+static bool submit(struct io_thread *t, struct op *op)
+{
 	struct io_uring_sqe *sqe;
 
 	if (!t->has_ring || t->in_kernel >= URING_MAX || !(sqe = io_uring_get_sqe(&t->ring)))
 		return false;
-	if (op->write)
-		io_uring_prep_writev2(sqe, 0, iov, n, op->offset, write_flags(e));
+	if (op->type <= TYPE_OUT)
+		prepare_transfer(t, op, sqe);
+	else if (syncs(op))
+		io_uring_prep_fsync(sqe, 0, IORING_FSYNC_DATASYNC);
 	else
-		io_uring_prep_readv(sqe, 0, iov, n, op->offset);
+		prepare_range(op, sqe);
 	sqe->flags |= IOSQE_FIXED_FILE;
-	uint64_t lane = (uint64_t)(l - e->lanes);
+	uint64_t lane = (uint64_t)(op->lane - t->engine->lanes);
 	io_uring_sqe_set_data64(sqe, lane << 32 | (op->chain.token & 0xffff));
 	t->in_kernel++;
 	return true;
 }
 
-static enum fate go_on(struct io_thread *t, struct vmm_lane *l, struct op *op)
+/* The kernel has done that much of it; true if that was all. */
+static bool advance(struct op *op, uint64_t bytes)
+{
+	if (op->type <= TYPE_OUT)
+		return advance_vectors(op, bytes) && !(op->buffer && bounce_next(op));
+	if (syncs(op))
+		return true;
+	op->range++;
+	return op->type == TYPE_DISCARD && op->range == op->nr_ranges;
+}
+
+/* Whether that tells of data that was written before, for the only time: no later flush may say that all is well. */
+static bool tells_of_loss(const struct vmm_engine *e, const struct op *op, int error)
+{
+	return !e->target.direct && (syncs(op) || (op->type == TYPE_OUT && error == EIO));
+}
+
+/* With 0 for an error the worker does it over again: it can wait, and knows what else may be tried. */
+static void give_up(struct vmm_engine *e, struct op *op, int error)
+{
+	bool range = op->type > TYPE_FLUSH && !syncs(op);
+
+	if (error == EAGAIN || error == EINTR || error == ECANCELED)	/* no answer of the disk's */
+		error = 0;
+	if (range && (error == EOPNOTSUPP || error == ENOSYS || error == EINVAL))	/* not like this */
+		error = 0;
+	if (error && tells_of_loss(e, op, error))
+		atomic_store(e->lost, true);
+	lane_hand_over(op->lane, &op->chain, (uint32_t)error);
+}
+
+/* A transfer of nothing is the end of a file that was cut. */
+static bool went_well(const struct op *op, ssize_t result)
+{
+	return result > 0 || (result == 0 && op->type > TYPE_OUT);
+}
+
+static enum fate go_on(struct io_thread *t, struct op *op)
 {
 	for (;;) {
 		ssize_t done = attempt(t, op);
 		if (done == -EINTR)
 			continue;
-		if (done > 0 && !advance(op, (uint64_t)done))
+		if (went_well(op, done)) {
+			if (advance(op, (uint64_t)done))
+				return DONE;
 			continue;
-		if (done > 0)
-			return DONE;
-		if (done == -EAGAIN && submit(t, l, op))
+		}
+		if (done == -EAGAIN && submit(t, op))
 			return UNDER_WAY;
-		/* at the end of a file that was cut, or with no io_uring, it is done over again by somebody who can wait */
-		lane_hand_over(l, &op->chain, done < 0 && done != -EAGAIN ? (uint32_t)-done : 0);
+		give_up(t->engine, op, (int)-done);
 		return HANDED_OVER;
 	}
 }
@@ -225,19 +302,44 @@ void transfer_expect(const struct vmm_engine *e, const struct vmm_chain *c)
 		__builtin_prefetch((const uint8_t *)(uintptr_t)e->target.memory + sector * SECTOR);
 }
 
-enum fate transfer_serve(struct io_thread *t, struct vmm_lane *l, const struct vmm_chain *c,
-			     struct vmm_completion *done)
+static enum fate begin(struct io_thread *t, struct op *op)
+{
+	enum fate fate = go_on(t, op);
+
+	if (fate != UNDER_WAY)
+		over(t, op);
+	return fate;
+}
+
+static enum fate hand_over(struct vmm_lane *l, const struct vmm_chain *c)
+{
+	lane_hand_over(l, c, 0);
+	return HANDED_OVER;
+}
+
+/* Through private memory, where there is any: it serves what the kernel does, and what waits for some waits for that. */
+static enum fate serve_bounced(struct io_thread *t, struct op *op, uint64_t length)
+{
+	if (!t->has_ring || !t->pool.memory || !make_room(op, 1))
+		return hand_over(op->lane, &op->chain);
+	bounce_begin(op, length);
+	if (t->pool.first || !pool_take(&t->pool, op)) {
+		pool_wait(&t->pool, op);
+		return UNDER_WAY;
+	}
+	bounce_next(op);
+	return begin(t, op);
+}
+
+static enum fate serve_transfer(struct io_thread *t, struct vmm_lane *l, const struct vmm_chain *c,
+				enum request_type type)
 {
 	struct vmm_engine *e = t->engine;
+	bool write = type == TYPE_OUT;
 	uint64_t offset, length;
-	bool write;
-	struct op *op;
 
-	if (!atomic_load_explicit(&e->enabled, memory_order_relaxed) || !understand(e, c, &write, &offset, &length)) {
-		lane_hand_over(l, c, 0);
-		return HANDED_OVER;
-	}
-	*done = (struct vmm_completion){ .token = c->token, .written = write ? 0 : (uint32_t)length };
+	if (!understand(e, c, write, &offset, &length))
+		return hand_over(l, c);
 	switch (e->target.kind) {
 	case VMM_TARGET_NULL:
 		if (!write)
@@ -247,14 +349,95 @@ enum fate transfer_serve(struct io_thread *t, struct vmm_lane *l, const struct v
 		copy(c, write, (uint8_t *)(uintptr_t)e->target.memory + offset);
 		return DONE;
 	}
-	if (!prepare(l, c, write, offset, &op)) {
-		lane_hand_over(l, c, 0);
-		return HANDED_OVER;
+	struct op *op = op_of(l, c, type);
+	op->offset = offset;
+	return !e->target.bounce && prepare(e, op) ? begin(t, op) : serve_bounced(t, op, length);
+}
+
+static enum fate serve_flush(struct io_thread *t, struct vmm_lane *l, const struct vmm_chain *c)
+{
+	struct vmm_engine *e = t->engine;
+
+	if (e->target.flush == VMM_FLUSH_NEEDLESS)
+		return DONE;
+	if (e->target.flush != VMM_FLUSH_SYNC || e->target.kind != VMM_TARGET_FILE || atomic_load(e->lost))
+		return hand_over(l, c);
+	return begin(t, op_of(l, c, TYPE_FLUSH));
+}
+
+/* In the hands of the kernel, one after the other. */
+static enum fate serve_ranges_of_file(struct io_thread *t, struct op *op, const struct range *ranges, int n)
+{
+	struct vmm_engine *e = t->engine;
+
+	op->ranges = malloc((size_t)n * sizeof(*ranges));
+	if (!op->ranges || (op->type == TYPE_WRITE_ZEROES && atomic_load(e->lost)))
+		return over(t, op), hand_over(op->lane, &op->chain);
+	memcpy(op->ranges, ranges, (size_t)n * sizeof(*ranges));
+	op->nr_ranges = (uint32_t)n;
+	op->range = 0;
+	return begin(t, op);
+}
+
+static enum fate serve_ranges(struct io_thread *t, struct vmm_lane *l, const struct vmm_chain *c, enum request_type type)
+{
+	struct vmm_engine *e = t->engine;
+	bool discard = type == TYPE_DISCARD;
+	struct range ranges[RANGES_MAX];
+	int n = -1;
+
+	if (discard ? e->target.discards : e->target.zeroes)
+		n = ranges_understand(e, c, discard, ranges);
+	if (n < 0)
+		return hand_over(l, c);
+	if (!n || e->target.kind == VMM_TARGET_NULL)
+		return DONE;
+	if (e->target.kind == VMM_TARGET_MEMORY)
+		return ranges_in_memory(e, ranges, n, discard) ? DONE : hand_over(l, c);
+	return serve_ranges_of_file(t, op_of(l, c, type), ranges, n);
+}
+
+static struct vmm_completion completion(const struct vmm_chain *c, uint32_t type)
+{
+	return (struct vmm_completion){ .token = c->token, .written = type == TYPE_IN ? (uint32_t)c->writable : 0 };
+}
+
+/* Serve a chain that was popped just now; what there is to say if it is done is in *done. */
+enum fate transfer_serve(struct io_thread *t, struct vmm_lane *l, const struct vmm_chain *c,
+			 struct vmm_completion *done)
+{
+	uint32_t type;
+
+	if (!atomic_load_explicit(&t->engine->enabled, memory_order_relaxed) || c->flags || c->header_len != VMM_HEADER_SIZE)
+		return hand_over(l, c);
+	memcpy(&type, c->header, sizeof(type));
+	type = le32toh(type);
+	*done = completion(c, type);
+	switch (type) {
+	case TYPE_IN:
+	case TYPE_OUT:
+		return serve_transfer(t, l, c, (enum request_type)type);
+	case TYPE_FLUSH:
+		return serve_flush(t, l, c);
+	case TYPE_DISCARD:
+	case TYPE_WRITE_ZEROES:
+		return serve_ranges(t, l, c, (enum request_type)type);
 	}
-	enum fate fate = go_on(t, l, op);
-	if (fate != UNDER_WAY)
-		over(op);
-	return fate;
+	return hand_over(l, c);
+}
+
+/* ---- the ring of a thread -------------------------------------------------------------------------------------------- */
+
+/* The kernel may refuse to pin that much: then the memory serves without. */
+static void make_pool(struct io_thread *t)
+{
+	struct vmm_engine *e = t->engine;
+	struct pool *p = &t->pool;
+
+	if (!pool_make(p, e->nr_threads) || !e->target.bounce)
+		return;
+	struct iovec all = { p->memory, pool_size(p) };
+	p->registered = !io_uring_register_buffers(&t->ring, &all, 1);
 }
 
 int transfer_make_ring(struct io_thread *t)
@@ -275,6 +458,8 @@ int transfer_make_ring(struct io_thread *t)
 		return error;
 	}
 	t->has_ring = true;
+	if (e->target.bounce || e->target.alignment > 1)
+		make_pool(t);
 	return 0;
 }
 
@@ -288,6 +473,7 @@ void transfer_close_ring(struct io_thread *t)
 		return;
 	io_uring_unregister_files(&t->ring);
 	io_uring_queue_exit(&t->ring);
+	pool_free(&t->pool);
 	t->has_ring = false;
 }
 
@@ -304,21 +490,32 @@ void transfer_submit_all(struct io_thread *t)
 }
 
 /* What the kernel says of an operation; true if its chain can be completed. */
-static bool settle(struct io_thread *t, struct vmm_lane *l, struct op *op, int result)
+static bool settle(struct io_thread *t, struct op *op, int result)
 {
+	bool well = went_well(op, result);
+
 	t->in_kernel--;
-	if (result > 0 && !advance(op, (uint64_t)result)) {
-		if (submit(t, l, op))
-			return false;
-		result = 0;
+	bool done = well && advance(op, (uint64_t)result);
+	if (well && !done && submit(t, op))
+		return false;
+	if (!done)
+		give_up(t->engine, op, well ? 0 : -result);
+	over(t, op);
+	return done;
+}
+
+/* Whoever waits for private memory has his turn once there is some. */
+static void serve_waiting(struct io_thread *t)
+{
+	struct op *op;
+
+	while ((op = pool_next(&t->pool))) {
+		struct vmm_lane *l = op->lane;
+		struct vmm_completion done = completion(&op->chain, op->type);
+		bounce_next(op);
+		if (begin(t, op) == DONE)
+			vmm_queue_complete(l->queue, &done, 1);
 	}
-	/* these are no answer of the disk's */
-	if (result == -EAGAIN || result == -EINTR || result == -ECANCELED)
-		result = 0;
-	if (result <= 0)
-		lane_hand_over(l, &op->chain, (uint32_t)-result);
-	over(op);
-	return result > 0;
 }
 
 /* Take what the kernel has done; what belongs to one queue and comes in a row is completed together. */
@@ -339,13 +536,12 @@ int transfer_reap(struct io_thread *t)
 			ready = 0;
 		}
 		lane = l;
-		done[ready] = (struct vmm_completion){
-			.token = op->chain.token, .written = op->write ? 0 : (uint32_t)op->chain.writable,
-		};
-		ready += settle(t, l, op, result);
+		done[ready] = completion(&op->chain, op->type);
+		ready += settle(t, op, result);
 		n++;
 	}
 	if (ready)
 		vmm_queue_complete(lane->queue, done, ready);
+	serve_waiting(t);
 	return n;
 }
