@@ -375,7 +375,7 @@ def engine_threads() -> dict[int, int]:
     """The engine's threads in this process, and the processor time that they have had, in clock ticks."""
     threads = {}
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
             if name == "vmmblk-engine":
                 threads[int(task.name)] = sum(map(int, rest.split()[11:13]))
