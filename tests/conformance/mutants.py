@@ -439,7 +439,7 @@ MUTANTS = [
         "vmmblk/csrc/*.c",
         "(e->target.sector_size - 1)) && *length <= size - *offset;",
         "(e->target.sector_size - 1));",
-        f"{ENGINE} past_the_end",
+        "tests/test_engine.py::test_past_the_end[file-native]",
         "file",
     ),
     Mutant(
@@ -479,7 +479,7 @@ MUTANTS = [
         "vmmblk/csrc/*.c",
         " || sector > size / SECTOR || sectors > size / SECTOR - sector)",
         " || sector > size / SECTOR)",
-        f"{ENGINE_REQUESTS} refused",
+        f"{ENGINE_REQUESTS} file-native",
         "file",
     ),
     Mutant(
