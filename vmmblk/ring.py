@@ -149,9 +149,9 @@ class Bell:
         """An epoll descriptor: looking at what it has to say (``clear``) makes it unreadable again."""
         return self._ear.fileno()
 
-    def clear(self) -> None:
-        """It was heard."""
-        self._ear.poll(0)
+    def clear(self) -> bool:
+        """Hear it; False if it has not been rung since."""
+        return bool(self._ear.poll(0))
 
     def renew(self) -> None:
         """From now on ``fd`` is another eventfd, and what is done to copies of the one before is not heard.
@@ -276,6 +276,18 @@ class Queue:
             return os.eventfd_read(self.ready_fd) >= 1 << 32
         except BlockingIOError:
             return False
+
+    def forget_doorbells(self) -> None:
+        """The queue was reset, and the driver does not know yet: what it has rung is not for the life that comes."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.kick_fd)
+        self.bell.clear()
+
+    @property
+    def life(self) -> int:
+        """Which life of the queue it is, as C counts them: another one as soon as it has started."""
+        epoch: int = lib.vmm_queue_epoch(self.handle)
+        return epoch
 
     @property
     def looks_unshared(self) -> bool:

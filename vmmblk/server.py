@@ -497,6 +497,7 @@ class Server:
     def _finish_reset(self, effects: Iterable[Effect]) -> None:
         for queue in self._queues:
             queue.stop()
+            queue.forget_doorbells()
             queue.set_vector(NO_VECTOR)
         self._core.set_config_vector(NO_VECTOR)
         self._resetting_queues.clear()
@@ -507,6 +508,7 @@ class Server:
     def _finish_queue_reset(self, index: int) -> None:
         self._resetting_queues.discard(index)
         self._queues[index].stop()
+        self._queues[index].forget_doorbells()
         self._queues[index].set_vector(NO_VECTOR)
         self._device.queue_reset_done(index)
         self._queues[index].resume(Pause.RESET)

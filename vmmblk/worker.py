@@ -307,20 +307,22 @@ class Worker:
     # -- a queue
 
     def _kicked(self, queue: Queue) -> None:
-        self._woken(queue, doorbell=queue.clear_kick())
+        life = queue.life
+        self._woken(queue, life if queue.clear_kick() else None)
 
     def _rung(self, queue: Queue) -> None:
-        queue.bell.clear()
-        self._woken(queue, doorbell=True)
+        life = queue.life
+        self._woken(queue, life if queue.bell.clear() else None)
 
-    def _woken(self, queue: Queue, *, doorbell: bool) -> None:
+    def _woken(self, queue: Queue, rung_in: int | None) -> None:
         if not self._looking:
             self._patience.slept(time.monotonic_ns() - self._slept_since)
-        self._serve(queue, doorbell=doorbell)
+        self._serve(queue, rung_in)
 
-    def _serve(self, queue: Queue, *, doorbell: bool = False) -> None:
+    def _serve(self, queue: Queue, rung_in: int | None = None) -> None:
+        """Serve what there is; ``rung_in`` is the life of the queue in which its doorbell was heard, if it was."""
         count = self._serve_some(queue, arm=not self._looking)
-        if doorbell and not count and queue.looks_unshared:
+        if rung_in is not None and not count and queue.looks_unshared and queue.life == rung_in:
             self._supervisor.memory_not_shared()
         if self._looking:
             self._watched.add(queue)

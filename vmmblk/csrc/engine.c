@@ -140,10 +140,12 @@ static bool clear(const struct vmm_lane *l, int fd)
 
 static void hear(struct io_thread *t, struct vmm_lane *l, int fd)
 {
+	struct vmm_queue *q = l->queue;
+	uint32_t epoch = vmm_queue_epoch(q);
 	bool doorbell = clear(l, fd);
 
-	/* a doorbell came to a ring that reads as if nobody had ever written to it */
-	if (!serve_lane(t, l, true) && doorbell && vmm_queue_looks_unshared(l->queue))
+	/* a doorbell came to a ring that reads as if nobody had ever written to it, and not before there was that ring */
+	if (!serve_lane(t, l, true) && doorbell && vmm_queue_looks_unshared(q) && vmm_queue_epoch(q) == epoch)
 		eventfd_write(l->ready_fd, 1ull << 32);
 }
 
