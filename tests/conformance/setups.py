@@ -35,6 +35,7 @@ SETUPS = {
     "file, in Python": [*PYTHON, "--queues", "4", "FILE"],
     "file in memory": [*NATIVE, "--queues", "4", "--cache", "writethrough", "FILE IN MEMORY"],
     "direct": [*NATIVE, "--block-size", "4096", "--queues", "4", "FILE", "direct=on"],
+    "bounced": [*NATIVE, "--block-size", "4096", "--queues", "4", "FILE", "direct=on", "bounce=on"],
     "everything": ["--queues", "4", "--features", EXTRAS, DISK],
     "in order": ["--queues", "2", "--queue-size", "16", "--features", f"in_order=on,{EXTRAS}", DISK],
     "read-only": [*NATIVE, "--read-only", "--serial", "twenty characters ok", "memory:16M"],
