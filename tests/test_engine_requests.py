@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import until
+from mounts import loop_device
 from test_engine import ENGINES, PATTERN, SECTORS, SIZE, delayed, folder, make, status_of, traffic
 
 from vmmblk.backends.file import File
@@ -123,6 +124,26 @@ def test_space_is_given_back(serve: Serve, make: Make, folder: Path, kind: str) 
         assert held() == full - 16384 - 16384
         assert v.read(32, 512) == PATTERN[:512]
         assert v.read(72, 4096) == PATTERN[4096:8192]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_block_device(serve: Serve, tmp_path: Path, engine: str) -> None:
+    """It is zeroed and flushed in C; to discard takes an ioctl, which is the disk's (BLK-090, 091)."""
+    image = tmp_path / "medium"
+    image.write_bytes(bytes(SIZE))
+    with loop_device(image) as device:
+        disk = File(device)
+        calls = watched(disk)
+        served = serve(disk, engine=engine)
+        with attach(served.path) as v:
+            v.write(0, PATTERN)
+            v.write_zeroes([(8, 8)])
+            v.flush()
+            assert "write_zeroes" not in calls or engine == "python"
+            v.write_zeroes([(16, 8)], unmap=True)
+            v.discard([(24, 8)])
+            assert "discard" in calls
+            assert v.read(0, 12288) == PATTERN[:4096] + bytes(8192)
 
 
 BAD = {
@@ -323,6 +344,18 @@ def test_bounced(serve: Serve, make: Make, folder: Path, threads: int, *, direct
         v.write(0, PATTERN * 96)  # in more than one piece
         assert v.read(0, 96 * len(PATTERN)) == PATTERN * 96
         assert not calls
+
+
+def test_bounced_without_io_uring(serve: Serve, make: Make, folder: Path) -> None:
+    """The kernel is not given guest memory then either: the disk is called, with private copies."""
+    make("file").disconnect()
+    disk = File(folder / "disk", bounce=True)
+    calls = watched(disk)
+    served = serve(disk, engine="native", io=EngineOptions(uring=False))
+    with attach(served.path) as v:
+        v.write(0, PATTERN)
+        assert v.read(0, len(PATTERN)) == PATTERN
+        assert set(calls) == {"write_cached", "read"}
 
 
 def test_odd_memory_of_a_direct_file(serve: Serve, make: Make) -> None:
