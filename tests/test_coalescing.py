@@ -268,6 +268,18 @@ def test_an_orphan_is_told_with_what_was_held_back(life: Life) -> None:
         assert (seen(r), told(r)) == (1, 1)
 
 
+@lives
+def test_a_ring_out_of_reach_is_told_of(life: Life) -> None:
+    """If what the driver wants cannot be read any more, it gets an interrupt too many rather than one too few."""
+    with rig(life) as r:
+        first, *_rest = taken(r, 3)
+        r.complete(first)
+        r.ring.disarm()
+        r.unmap(Range(0, 1 << 20))
+        tell_now(r)
+        assert told(r) == 1
+
+
 def test_without_it_there_is_no_timer() -> None:
     """Each completion is told, and nobody need ask."""
     with Rig() as r:

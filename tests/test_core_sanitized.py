@@ -90,6 +90,14 @@ def test_the_engine_while_memory_comes_and_goes(tmp_path: Path, sanitizers: list
         assert run(program, kind, str(rounds)) == "ok\n"
 
 
+@pytest.mark.parametrize("sanitizers", [["-O2"], MEMORY_AND_ARITHMETIC], ids=["plain", "address"])
+def test_a_thread_of_the_engine_sleeps_over_nothing(tmp_path: Path, sanitizers: list[str]) -> None:
+    """Whenever chains come, it serves them or is woken; it looks for more while that pays, and wakes to interrupt."""
+    names = ("memory.c", "chain.c", "device.c", "driver.c", "driver_packed.c", "transfer.c", "ranges.c", "bounce.c")
+    sources = [TESTS / "csrc" / "test_polling.c", *(CSRC / name for name in names)]
+    assert run(build(tmp_path / "test_polling", sanitizers, *sources, libraries=["-luring"])) == "ok\n"
+
+
 def test_the_fuzzers_inputs(tmp_path: Path) -> None:
     """What the fuzzer found worth keeping: every invariant of fuzz_queue.c holds for each input."""
     names = ("memory.c", "queue.c", "chain.c", "split.c", "packed.c", "device.c")
