@@ -8,9 +8,10 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from rings import Life, Range, Rig
+from rings import INDIRECT, PAGE, Descriptor, Life, Range, Rig
 
 from vmmblk.memory import Pause
+from vmmblk.ring import CorruptRing
 
 if TYPE_CHECKING:
     from vmmblk.ring import Chain
@@ -266,6 +267,19 @@ def test_an_orphan_is_told_with_what_was_held_back(life: Life) -> None:
         assert not told(r)
         assert not r.queue.pop()
         assert (seen(r), told(r)) == (1, 1)
+
+
+@lives
+def test_a_ring_that_breaks_is_told_of_what_was_served(life: Life) -> None:
+    """What looked like more to come was nothing, so nothing is waited for."""
+    with rig(life) as r:
+        [chain] = taken(r, 1)
+        r.offer_raw(Descriptor(PAGE, 15, INDIRECT))
+        r.complete(chain)
+        assert not told(r)
+        with pytest.raises(CorruptRing):
+            r.queue.pop()
+        assert told(r) == 1
 
 
 @lives
