@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #define URING_MAX 32768
+#define OFFER 4				/* operations for which the kernel is called once */
 #define IDLE_IOV 16			/* an operation that is over keeps at most so many vectors allocated */
 #define SLOW_NS 2000000			/* a write to the page cache that took so long was held back: */
 #define SLOW_REST_NS 100000000		/* for so long no other is tried without io_uring */
@@ -215,6 +216,21 @@ static void prepare_range(const struct op *op, struct io_uring_sqe *sqe)
 	io_uring_prep_fallocate(sqe, 0, mode | FALLOC_FL_KEEP_SIZE, range->offset, range->length);
 }
 
+/* The kernel takes some of what is prepared, or none while it lacks memory: false, and it is offered again. */
+static bool offer(struct io_thread *t)
+{
+	int taken = io_uring_submit(&t->ring);
+
+	t->offered += taken > 0 ? (uint32_t)taken : 0;
+	return taken > 0;
+}
+
+/* A device need not wait until the last of a batch is prepared: the kernel gets one, then two, then so many at a time. */
+static bool offer_is_due(const struct io_thread *t)
+{
+	return io_uring_sq_ready(&t->ring) > (t->offered < OFFER - 1 ? t->offered : OFFER - 1);
+}
+
 static bool submit(struct io_thread *t, struct op *op)
 {
 	struct io_uring_sqe *sqe;
@@ -231,6 +247,8 @@ static bool submit(struct io_thread *t, struct op *op)
 	uint64_t lane = (uint64_t)(op->lane - t->engine->lanes);
 	io_uring_sqe_set_data64(sqe, lane << 32 | (op->chain.token & 0xffff));
 	t->in_kernel++;
+	if (offer_is_due(t))
+		offer(t);
 	return true;
 }
 
@@ -482,11 +500,11 @@ bool transfer_unsubmitted(const struct io_thread *t)
 	return t->has_ring && io_uring_sq_ready(&t->ring);
 }
 
-/* The kernel takes some of them, or none while it lacks memory: what stays is offered again in the next turn. */
 void transfer_submit_all(struct io_thread *t)
 {
-	while (transfer_unsubmitted(t) && io_uring_submit(&t->ring) > 0)
+	while (transfer_unsubmitted(t) && offer(t))
 		;
+	t->offered = 0;
 }
 
 /* What the kernel says of an operation; true if its chain can be completed. */

@@ -74,6 +74,7 @@ struct io_thread {
 	uint32_t index;
 	struct io_uring ring;
 	bool has_ring;
+	uint32_t offered;			/* operations that the kernel has taken in this turn */
 	uint32_t in_kernel;			/* operations that have not ended, those not yet submitted among them */
 	uint64_t window;			/* how long to look for more before sleeping, ns */
 	uint64_t slow_until;
