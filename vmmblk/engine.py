@@ -43,7 +43,7 @@ class EngineOptions:
     ``cpus`` if there are any.  Without ``uring`` what would wait is done by threads of the disk.
     """
 
-    poll_us: int | None = 50
+    poll_us: int | None = 200
     adaptive: bool = True
     threads: int = 64
     cpus: tuple[int, ...] = ()
