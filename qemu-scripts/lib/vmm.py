@@ -107,9 +107,13 @@ class Setup:
             share = "on" if self.memory_backend == "shared" else "off"
             memory += ["-object", f"memory-backend-memfd,id=mem,size={self.memory},share={share}"]
             machine += ",memory-backend=mem"
-        accelerator = ["-accel", "kvm", "-cpu", "host"] if kvm_works() else ["-accel", "tcg", "-cpu", "max"]
+        kvm = kvm_works()
+        accelerator = ["-accel", "kvm", "-cpu", "host"] if kvm else ["-accel", "tcg", "-cpu", "max"]
         line = [str(qemu()), "-nodefaults", "-no-user-config", "-display", "none", "-machine", machine, *accelerator]
-        line += ["-smp", str(self.cpus), *memory]
+        # Where there can be only one processor, TCG leaves out the guest's memory barriers: then whoever serves a disk
+        # from another thread now and then sees a stale used_event, sends no interrupt, and the guest hangs.
+        processors = str(self.cpus) if kvm else f"{self.cpus},maxcpus={max(self.cpus, 2)}"
+        line += ["-smp", processors, *memory]
         line += [] if self.allow_reboot else ["-no-reboot"]
         line += self._boot(folder)
         line += ["-fw_cfg", f"name=opt/vmmblk/command,file={folder}/command"]
