@@ -33,9 +33,10 @@ once, and each limit of the machine right after what it limits: ratios are taken
 
 _LIMITS = """\
 The driver takes a processor for each queue, looking for completions all the time; the server takes what its engine
-takes. The limit is one thread's memcpy between buffers and memory of the disk's size for RAM, and fio's io_uring engine
-on the same file for files; both with one queue. Unless it says direct=on, a file is in the page cache when a
-measurement begins. CPU is microseconds of the server's processor time for each request.
+takes. The limit is one thread's memcpy between buffers and memory of the disk's size for RAM (ordinary memory; the
+disk's is of huge pages where the kernel has some), and fio's io_uring engine on the same file for files; both with one
+queue. Unless it says direct=on, a file is in the page cache when a measurement begins. CPU is microseconds of the
+server's processor time for each request.
 
 Depth, size and queues vary each by itself, while the others stand at depth 32, 4 KiB and one queue.
 """

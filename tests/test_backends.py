@@ -8,11 +8,13 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,7 +30,6 @@ from vmmblk.errors import ConfigError, Unknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SECTOR_SIZES = [512, 4096]
 
@@ -171,6 +172,28 @@ def test_memory_discard_frees_memory() -> None:
     full = resident()
     asyncio.run(disk.discard(0, disk.info.size_sectors))
     assert full - resident() > 12 << 20
+    asyncio.run(disk.disconnect())
+
+
+def flags_of_memory(address: int) -> list[str]:
+    """What the kernel was told of the mapping at an address, in its two letters each."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if area := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(area[1], 16) <= address < int(area[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+@pytest.mark.parametrize("hugepages", [True, False])
+def test_memory_asks_for_huge_pages(*, hugepages: bool) -> None:
+    """The kernel is told so, unless it has none, or the user wants none."""
+    disk = Memory((8 << 20) // 512, hugepages=hugepages)
+    native = disk.native()
+    assert native is not None
+    wanted = hugepages and Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert ("hg" in flags_of_memory(native.address)) == wanted
     asyncio.run(disk.disconnect())
 
 

@@ -104,9 +104,10 @@ def test_memory_and_null(spec: str, block_size: int | None) -> None:
     assert info.sector_size == (block_size or 512)
 
 
-def test_memory_can_have_room_to_grow() -> None:
+@pytest.mark.parametrize("more", [[], ["hugepages=off"]])
+def test_memory_can_have_room_to_grow(more: list[str]) -> None:
     """max= reserves it."""
-    disk = open_disk("memory:1M", ["max=2M"])
+    disk = open_disk("memory:1M", ["max=2M", *more])
     disk.block.grow(4096)
     assert disk.info.size_bytes == 2 << 20
 
@@ -158,6 +159,7 @@ def test_any_disk_can_be_made_read_only(spec: str, mydisk: Path, tmp_path: Path)
         ("null:1M", ["size=3"], "null:1M has no parameter size; it takes none"),
         ("memory:1M", ["maximum=3"], "it takes max"),
         ("memory:1M", ["max=many"], "'many' is not a size"),
+        ("memory:1M", ["hugepages=2M"], "say hugepages=on or hugepages=off"),
         ("null:1M", ["size"], "'size' is not a parameter; write it as k=v"),
         ("memory:1M", ["max=1M", "max=2M"], "max is given twice"),
         ("/nowhere/disk.img", [], "does not exist"),

@@ -114,10 +114,11 @@ def _opener(spec: str) -> Callable[[_Request], Block]:
 
 
 def _open_memory(request: _Request) -> Block:
-    def memory(*, max: int = 0) -> Block:  # noqa: A002 - the name the user types
+    def memory(*, max: int = 0, hugepages: bool = True) -> Block:  # noqa: A002 - the name the user types
         sectors = _whole_sectors(request)
+        most = max // request.sector_size
         try:
-            return Memory(sectors, sector_size=request.sector_size, max_sectors=max // request.sector_size)
+            return Memory(sectors, sector_size=request.sector_size, max_sectors=most, hugepages=hugepages)
         except (OSError, OverflowError, ValueError) as exc:
             raise ConfigError(f"{request.spec}: cannot reserve that much memory ({exc}); make it smaller") from None
 
