@@ -15,14 +15,20 @@
 #define SLOW_NS 2000000			/* a write to the page cache that took so long was held back: */
 #define SLOW_REST_NS 100000000		/* for so long no other is tried without io_uring */
 
+static uint64_t first_sector(const struct vmm_chain *c)
+{
+	uint64_t sector;
+
+	memcpy(&sector, c->header + 8, sizeof(sector));
+	return le64toh(sector);
+}
+
 /* A read or write that is plainly good: what there is to say about others is not said here. */
 static bool understand(const struct vmm_engine *e, const struct vmm_chain *c, bool write, uint64_t *offset,
 		       uint64_t *length)
 {
-	uint64_t sector, size = atomic_load_explicit(&e->size, memory_order_relaxed);
+	uint64_t sector = first_sector(c), size = atomic_load_explicit(&e->size, memory_order_relaxed);
 
-	memcpy(&sector, c->header + 8, sizeof(sector));
-	sector = le64toh(sector);
 	if (write && !e->target.writable)
 		return false;
 	*length = write ? c->readable : c->writable;
@@ -133,6 +139,13 @@ static int write_flags(const struct vmm_engine *e)
 	return atomic_load_explicit(&e->write_cache, memory_order_relaxed) ? 0 : RWF_DSYNC;
 }
 
+static ssize_t write_vectors(const struct vmm_engine *e, const struct op *op)
+{
+	ssize_t done = pwritev2(e->target.fd, op->iov + op->first, (int)(op->nr_iov - op->first), (off_t)op->offset, 0);
+
+	return done < 0 ? -errno : done;
+}
+
 /* Into the page cache, which waits only when too much of it is dirty. */
 static ssize_t write_to_cache(struct io_thread *t, struct op *op)
 {
@@ -140,13 +153,11 @@ static ssize_t write_to_cache(struct io_thread *t, struct op *op)
 
 	if (write_flags(t->engine) || before < t->slow_until)
 		return -EAGAIN;
-	ssize_t done = pwritev2(t->engine->target.fd, op->iov + op->first, (int)(op->nr_iov - op->first),
-				(off_t)op->offset, 0);
-	int error = errno;
+	ssize_t done = write_vectors(t->engine, op);
 	uint64_t after = now_ns();
 	if (after - before > SLOW_NS)
 		t->slow_until = after + SLOW_REST_NS;
-	return done < 0 ? -error : done;
+	return done;
 }
 
 static ssize_t read_from_cache(struct io_thread *t, struct op *op)
@@ -169,7 +180,6 @@ static ssize_t read_from_cache(struct io_thread *t, struct op *op)
 static ssize_t attempt(struct io_thread *t, struct op *op)
 {
 	const struct vmm_target *target = &t->engine->target;
-	ssize_t done;
 
 	if (op->type == TYPE_FLUSH && target->in_memory)
 		return fdatasync(target->fd) ? -errno : 0;
@@ -177,10 +187,7 @@ static ssize_t attempt(struct io_thread *t, struct op *op)
 		return -EAGAIN;
 	if (op->type == TYPE_IN)
 		return read_from_cache(t, op);
-	if (!target->in_memory)
-		return write_to_cache(t, op);
-	done = pwritev2(target->fd, op->iov + op->first, (int)(op->nr_iov - op->first), (off_t)op->offset, 0);
-	return done < 0 ? -errno : done;
+	return target->in_memory ? write_vectors(t->engine, op) : write_to_cache(t, op);
 }
 
 static void prepare_transfer(const struct io_thread *t, const struct op *op, struct io_uring_sqe *sqe)
@@ -310,13 +317,9 @@ static enum fate go_on(struct io_thread *t, struct op *op)
 /* A chain that comes soon: fetch the beginning of its page of memory while others are copied; the rest comes after it. */
 void transfer_expect(const struct vmm_engine *e, const struct vmm_chain *c)
 {
-	uint64_t sector, size = atomic_load_explicit(&e->size, memory_order_relaxed);
+	uint64_t sector = first_sector(c), size = atomic_load_explicit(&e->size, memory_order_relaxed);
 
-	if (e->target.kind != VMM_TARGET_MEMORY)
-		return;
-	memcpy(&sector, c->header + 8, sizeof(sector));
-	sector = le64toh(sector);
-	if (sector < size / SECTOR)
+	if (e->target.kind == VMM_TARGET_MEMORY && sector < size / SECTOR)
 		__builtin_prefetch((const uint8_t *)(uintptr_t)e->target.memory + sector * SECTOR);
 }
 
