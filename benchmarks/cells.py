@@ -99,8 +99,8 @@ def subjects(disk: Path, memory: Path, ours: Path) -> list[Subject]:
     return [
         Subject("null", "null", ("null:{size}",), cells=whole),
         Subject("null-busy", "null, busy polling", (*busy, "null:{size}"), cells=depths),
-        Subject("ram", "RAM", ("memory:{size}",), Limit.MEMCPY, cells=whole),
-        Subject("ram-busy", "RAM, busy polling", (*busy, "memory:{size}"), Limit.MEMCPY, cells=depths),
+        Subject("ram", "RAM", ("memory:{size}", "hugepages=on"), Limit.MEMCPY, cells=whole),
+        Subject("ram-busy", "RAM, busy polling", (*busy, "memory:{size}", "hugepages=on"), Limit.MEMCPY, cells=depths),
         Subject("tmpfs", "file on tmpfs", ("{file}",), Limit.FIO, memory, cells=whole),
         Subject("file", "file", ("{file}",), Limit.FIO, disk, cells=whole),
         Subject("direct", "file, direct=on", ("{file}", "direct=on"), Limit.FIO, disk, direct=True, cells=whole),

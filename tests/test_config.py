@@ -104,7 +104,7 @@ def test_memory_and_null(spec: str, block_size: int | None) -> None:
     assert info.sector_size == (block_size or 512)
 
 
-@pytest.mark.parametrize("more", [[], ["hugepages=off"]])
+@pytest.mark.parametrize("more", [[], ["hugepages=on"]])
 def test_memory_can_have_room_to_grow(more: list[str]) -> None:
     """max= reserves it."""
     disk = open_disk("memory:1M", ["max=2M", *more])

@@ -114,7 +114,7 @@ def _opener(spec: str) -> Callable[[_Request], Block]:
 
 
 def _open_memory(request: _Request) -> Block:
-    def memory(*, max: int = 0, hugepages: bool = True) -> Block:  # noqa: A002 - the name the user types
+    def memory(*, max: int = 0, hugepages: bool = False) -> Block:  # noqa: A002 - the name the user types
         sectors = _whole_sectors(request)
         most = max // request.sector_size
         try:

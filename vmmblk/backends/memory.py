@@ -22,13 +22,13 @@ class Memory(Block):
     """``size_sectors`` sectors of ``sector_size`` bytes in anonymous memory.
 
     Pages take memory once they are written; ``discard`` and ``write_zeroes(unmap=True)`` give them back.  With
-    ``hugepages`` the kernel is asked for pages of 2 MiB, which are found faster, are taken whole for the first sector
-    written in them, and come back whole: one that is discarded in part may stay until memory is short.  The disk can
-    ``grow`` up to ``max_sectors``: the addresses are reserved from the start, so the data never moves.
+    ``hugepages`` the kernel is asked for pages of 2 MiB, which are found faster, are taken and cleared whole for the
+    first sector written in them, and come back whole: one that is discarded in part may stay until memory is short.
+    The disk can ``grow`` up to ``max_sectors``: the addresses are reserved from the start, so the data never moves.
     """
 
     def __init__(
-        self, size_sectors: int, *, sector_size: int = 512, max_sectors: int = 0, hugepages: bool = True
+        self, size_sectors: int, *, sector_size: int = 512, max_sectors: int = 0, hugepages: bool = False
     ) -> None:
         self.info = BlockInfo(read_write=True, sector_size=sector_size, size_sectors=size_sectors)
         self.topology = Topology(discard_granularity=max(sector_size, mmap.PAGESIZE))
