@@ -34,7 +34,7 @@ once, and each limit of the machine right after what it limits: ratios are taken
 _LIMITS = """\
 The driver takes a processor for each queue, looking for completions all the time; the server takes what its engine
 takes. The limit is one thread's memcpy between buffers and memory of the disk's size for RAM (ordinary memory; the
-disk's is of huge pages where the kernel has some), and fio's io_uring engine on the same file for files; both with one
+disk has hugepages=on, and was filled before), and fio's io_uring engine on the same file for files; both with one
 queue. Unless it says direct=on, a file is in the page cache when a measurement begins. CPU is microseconds of the
 server's processor time for each request.
 
@@ -48,6 +48,8 @@ is `direct=on` of vmmblk and `cache=none` of QEMU; through it is how vmmblk open
 `cache=writeback` of QEMU. QEMU's own virtio-blk has an iothread and `aio=io_uring`, and so has the storage daemon. The
 depth is fio's; each job is measured for twice the seconds of the other parts.
 """
+
+_COSTS = "Disks of memory are of 16 MiB here, which are in RssAnon if they have been written."
 
 _MODES = {True: "past the page cache", False: "through the page cache"}
 
@@ -104,7 +106,7 @@ def page(run: Run, subjects: Sequence[Subject], plots: Sequence[tuple[str, str]]
         parts += [
             part for direct, mode in _MODES.items() for part in (f"### {mode.capitalize()}", _guest(run, direct=direct))
         ]
-    parts += ["## What a server costs", _costs(run, subjects)]
+    parts += ["## What a server costs", _COSTS, _costs(run, subjects)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
