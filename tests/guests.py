@@ -30,6 +30,7 @@ from vmm import (  # noqa: E402
     Served,
     Setup,
     guest_folder,
+    kvm_works,
     vfio_user_device,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "boot",
     "fio",
     "guest_folder",
+    "kvm_works",
     "make_boot_disk",
     "make_image",
     "on_both_engines",

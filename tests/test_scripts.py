@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from guests import NO_STATUS, TIMED_OUT, CommandOutput, boot, make_boot_disk, scripts
+from guests import NO_STATUS, TIMED_OUT, CommandOutput, Setup, boot, kvm_works, make_boot_disk, scripts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,6 +81,14 @@ def test_guest_status() -> None:
     """The command's output and its status are the guest script's; standard error stays empty."""
     result = run("guest", "--command", "echo one; printf '\\n@@ two'; exit 3")
     assert (result.returncode, result.stdout, result.stderr) == (3, "one\n\n@@ two", "")
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize(("cpus", "emulated"), [(1, "1,maxcpus=2"), (3, "3,maxcpus=3")])
+def test_guest_processors(cpus: int, emulated: str, tmp_path: Path) -> None:
+    """QEMU emulates memory barriers only where there can be two processors."""
+    line = Setup(cpus=cpus).command_line(tmp_path, interactive=False)
+    assert line[line.index("-smp") + 1] == (str(cpus) if kvm_works() else emulated)
 
 
 @pytest.mark.guest
